@@ -1,0 +1,41 @@
+"""Every default of DiHAL lives in one dataclass field here; YAML files are deltas.
+
+The dataclasses are frozen and keyword-only, so that a resolved configuration can be hashed, stored
+beside a result and compared. ``dihal.config.cli`` turns command lines and YAML into them.
+"""
+
+from dihal.config.evaluation import EvalConfig, GenerateConfig, LeaderboardConfig
+from dihal.config.method import (
+    DenoiserConfig,
+    LoraConfig,
+    MethodConfig,
+    ObjectiveConfig,
+    ProcessConfig,
+    SamplerConfig,
+    TimeConfig,
+)
+from dihal.config.parts import BackboneConfig, BudgetConfig, DataConfig
+from dihal.config.score import ScoreConfig, ScoreRunConfig
+from dihal.config.training import LogConfig, OptimConfig, TrainConfig, TrainerConfig
+
+__all__ = [
+    "BackboneConfig",
+    "BudgetConfig",
+    "DataConfig",
+    "DenoiserConfig",
+    "EvalConfig",
+    "GenerateConfig",
+    "LeaderboardConfig",
+    "LogConfig",
+    "LoraConfig",
+    "MethodConfig",
+    "ObjectiveConfig",
+    "OptimConfig",
+    "ProcessConfig",
+    "SamplerConfig",
+    "ScoreConfig",
+    "ScoreRunConfig",
+    "TimeConfig",
+    "TrainConfig",
+    "TrainerConfig",
+]

@@ -1,0 +1,150 @@
+"""A method: state space, process, denoiser, objective, sampler."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+__all__ = [
+    "DenoiserConfig",
+    "LoraConfig",
+    "MethodConfig",
+    "ObjectiveConfig",
+    "ProcessConfig",
+    "SamplerConfig",
+    "TimeConfig",
+]
+
+ScheduleName = Literal["cosine", "linear", "log_linear"]
+ParametrisationName = Literal["x0", "eps", "v", "flow"]
+SamplerName = Literal["euler", "heun", "ddim", "ancestral", "dpmpp_2m"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessConfig:
+    """Noising process and what the network predicts."""
+
+    schedule: ScheduleName = "cosine"
+    """`cosine` (variance preserving), `linear` (flow: alpha = 1 - t, sigma = t), `log_linear` (log-SNR linear in t)."""
+    parametrisation: ParametrisationName = "x0"
+    """Network output: clean state, noise, v = alpha eps - sigma z, or flow = dz_t/dt."""
+    log_snr_max: float = 10.0
+    """Log-SNR at t = 0 of `log_linear`; its negative at t = 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeConfig:
+    """Distribution of the training time t."""
+
+    law: Literal["uniform", "low_discrepancy", "logit_normal"] = "low_discrepancy"
+    """`low_discrepancy`: one shifted grid point per sequence of the global batch."""
+    mean: float = 0.0
+    """Location of `logit_normal`, on the logit scale; positive: more noise."""
+    std: float = 1.0
+    """Scale of `logit_normal`, on the logit scale."""
+    terminal_fraction: float = 0.25
+    """Share of sequences trained at t = 1 exactly: pure noise, where one-step sampling starts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoiserConfig:
+    """The transformer that estimates the clean state."""
+
+    width: int = 384
+    """Channels of the residual stream."""
+    depth: int = 6
+    """Number of blocks."""
+    heads: int = 6
+    """Attention heads; must divide `width`."""
+    mlp_ratio: float = 4.0
+    """MLP parameters relative to a plain MLP of this expansion (the gated MLP's width is two thirds of it)."""
+    norm: Literal["adaptive", "rms"] = "adaptive"
+    """`adaptive`: time modulates every block through zero-initialised scale, shift and gate; `rms`: time is added to the input."""
+    qk_norm: bool = True
+    """RMS-normalise queries and keys per head."""
+    dropout: float = 0.0
+    """Dropout of each block's branches."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary positions."""
+    self_conditioning: float = 0.0
+    """Probability that a training step also sees its own earlier estimate; 0: off."""
+    mask: Literal["causal", "bidirectional", "mixed"] = "causal"
+    """Attention mask. `replace` needs `causal`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """Weights of the loss terms. A term of weight 0 is not computed."""
+
+    state: float = 1.0
+    """Squared error of the network's target per channel, over positions that are not sinks."""
+    cross_entropy: float = 0.0
+    """Cross-entropy of the next token through the frozen suffix, in nats."""
+    kl: float = 0.0
+    """KL(backbone || hybrid) of the next-token distribution, in nats."""
+    norm_clip: float = 4.0
+    """A token whose normalised norm exceeds this multiple of sqrt(d) counts by its relative error instead."""
+    condition_dropout: float = 0.0
+    """Probability that a sequence is trained without its condition (classifier-free guidance)."""
+    kl_min_time: float = 0.0
+    """The suffix terms count only sequences with t at least this."""
+    logit_chunk: int = 1_024
+    """Positions whose logits exist at once (memory, not results)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerConfig:
+    """How a state is drawn."""
+
+    name: SamplerName = "ddim"
+    """Solver."""
+    steps: int = 1
+    """Sampling steps; function evaluations are reported beside (Heun needs two a step)."""
+    guidance: float = 1.0
+    """Classifier-free guidance weight; 1: none. Needs `condition_dropout` in training."""
+    seed: int = 0
+    """Seed of the sampling noise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters on the suffix blocks; off by default."""
+
+    rank: int = 0
+    """Rank; 0: no adapters, the suffix stays frozen."""
+    alpha: float = 16.0
+    """Scale numerator."""
+    dropout: float = 0.0
+    """Dropout before the adapter."""
+    targets: tuple[str, ...] = ()
+    """Linear layers by name; empty: every linear layer of attention and MLP."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig:
+    """One entry of `dihal.methods.METHODS` with its parts."""
+
+    name: str = "bridge"
+    """Entry of the method registry."""
+    split: int | None = None
+    """Blocks replaced. Give this or `split_from`."""
+    split_from: str | None = None
+    """A scores.json whose selected split is used."""
+    regime: Literal["replace"] = "replace"
+    """`replace`: every token of the context is known, causally."""
+    space: Literal["hidden"] = "hidden"
+    """State space."""
+    process: ProcessConfig = field(default_factory=ProcessConfig)
+    """Noising process."""
+    time: TimeConfig = field(default_factory=TimeConfig)
+    """Training times."""
+    denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
+    """Network."""
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    """Loss."""
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    """Default sampler of the trained hybrid."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Adapters on the suffix."""
+    normalisation_tokens: int = 65_536
+    """Training tokens from which the state's mean and standard deviation are measured."""
