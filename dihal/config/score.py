@@ -14,7 +14,7 @@ Coordinates = Literal["raw", "rms", "standardized"]
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreConfig:
-    """Definitions of the score.""""""
+    """Definitions of the score."""
 
     tokens: int = 16_384
     """Tokens scored; documents are drawn whole until they are reached."""
