@@ -1,0 +1,88 @@
+"""Where each family keeps its parts: one entry of data per family, no code per family.
+
+Masks, rotary tables, embedding scales, layer types and caches are *not* listed: the model's own
+decoder forward runs them (``views.py``), so they cannot drift from it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from dihal.errors import UsageError, unknown_name
+
+__all__ = ["LAYOUTS", "Layout", "find_layout"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Names of the parts of one family. Dotted names are relative to what the field says."""
+
+    decoder: str = "model"
+    """The module that holds embedding, blocks and final norm; relative to the causal LM."""
+    embeddings: tuple[str, ...] = ("embed_tokens",)
+    """Everything added up to h^0; relative to the decoder."""
+    blocks: str = "layers"
+    """The list of blocks; relative to the decoder."""
+    norm: str = "norm"
+    """The final norm; relative to the decoder."""
+    softcap: str | None = None
+    """Config field c of the logit soft-cap c tanh(logits / c); null there: no cap."""
+    attention_output: str = "self_attn.o_proj"
+    """Linear layer after attention, whose input is heads * head size wide; relative to a block."""
+    windows: str | None = None
+    """Config field that holds the sliding window's length in tokens."""
+    linears: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """Last name of every linear layer of attention and MLP: the LoRA targets."""
+
+
+LAYOUTS: dict[str, Layout] = {
+    "llama": Layout(),
+    "mistral": Layout(windows="sliding_window"),
+    "qwen2": Layout(windows="sliding_window"),
+    "qwen3": Layout(windows="sliding_window"),
+    "olmo2": Layout(),
+    "gemma2": Layout(windows="sliding_window", softcap="final_logit_softcapping"),
+    "gemma3_text": Layout(windows="sliding_window", softcap="final_logit_softcapping"),
+    "phi3": Layout(windows="sliding_window", linears=("qkv_proj", "o_proj", "gate_up_proj", "down_proj")),
+    "gpt2": Layout(
+        decoder="transformer",
+        embeddings=("wte", "wpe"),
+        blocks="h",
+        norm="ln_f",
+        attention_output="attn.c_proj",
+        linears=("c_attn", "c_proj", "c_fc"),
+    ),
+    "gpt_neox": Layout(
+        decoder="gpt_neox",
+        embeddings=("embed_in",),
+        norm="final_layer_norm",
+        attention_output="attention.dense",
+        linears=("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
+    ),
+}
+
+
+def find_layout(config: Any) -> tuple[str, Layout]:
+    """Return the family's name and layout for a Hugging Face config.
+
+    Raises:
+        UsageError: the family is unknown, multi-modal, or not causal.
+    """
+    family = getattr(config, "model_type", None)
+    if family == "gemma3":
+        raise UsageError(
+            "this Gemma 3 checkpoint is multi-modal (model_type 'gemma3'). Load a text-only one (model_type "
+            "'gemma3_text', e.g. google/gemma-3-1b-pt), or pass the live text model as a Gemma3ForCausalLM."
+        )
+    if family not in LAYOUTS:
+        raise unknown_name(
+            "backbone family",
+            family,
+            LAYOUTS,
+            hint="To add one: an entry in LAYOUTS of dihal/backbone/layout.py and a tiny config in tests/kit.py; "
+            "the parity tests then cover it.",
+        )
+    if getattr(config, "use_bidirectional_attention", False) or not getattr(config, "is_causal", True):
+        raise UsageError(f"this {family} model attends in both directions; a causal language model is needed.")
+    return family, LAYOUTS[family]

@@ -1,0 +1,33 @@
+"""Diffusion mathematics: schedules, process, times, guidance, samplers. Knows no network, backbone or trainer."""
+
+from __future__ import annotations
+
+from dihal.diffusion.gaussian import GaussianData
+from dihal.diffusion.guidance import evaluations_per_estimate, guided
+from dihal.diffusion.process import PARAMETRISATIONS, Process, build_process, expand_time
+from dihal.diffusion.samplers import SAMPLERS, Denoise, Noise, nfe, sample, time_grid
+from dihal.diffusion.schedule import SCHEDULES, Cosine, Linear, LogLinear, Schedule, build_schedule
+from dihal.diffusion.timesteps import sample_times
+
+__all__ = [
+    "PARAMETRISATIONS",
+    "SAMPLERS",
+    "SCHEDULES",
+    "Cosine",
+    "Denoise",
+    "GaussianData",
+    "Linear",
+    "LogLinear",
+    "Noise",
+    "Process",
+    "Schedule",
+    "build_process",
+    "build_schedule",
+    "evaluations_per_estimate",
+    "expand_time",
+    "guided",
+    "nfe",
+    "sample",
+    "sample_times",
+    "time_grid",
+]

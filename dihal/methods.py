@@ -1,0 +1,432 @@
+"""Methods: where a state space, a process, a denoiser, an objective and a sampler meet.
+
+``METHODS`` maps a name to its builder. Everything below this file is shared by all of them; this is
+the only place that tells one method from another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from dihal.config.method import MethodConfig
+from dihal.diffusion.guidance import guided
+from dihal.diffusion.process import Process, build_process
+from dihal.diffusion.samplers import nfe, sample
+from dihal.diffusion.timesteps import sample_times
+from dihal.errors import UsageError, unknown_name
+from dihal.lora import Adapters
+from dihal.nn.cache import DenoiserCache
+from dihal.nn.transformer import DenoiserTransformer
+from dihal.random import normal, uniform
+from dihal.spaces.hidden import HiddenSpace
+from dihal.spaces.recovery import suffix_loss
+from dihal.types import Mask, State, Time, TokenIds
+
+if TYPE_CHECKING:
+    from dihal.backbone import Backbone
+    from dihal.data import Batch
+
+__all__ = ["METHODS", "LossOutput", "Method", "build_method", "positions_of"]
+
+_MAX_POSITIONS = 1 << 20
+"""Positions that a sampling-noise key leaves room for: key = sample id * this + position."""
+
+
+def positions_of(attention_mask: Mask) -> Int[Tensor, "batch time"]:
+    """Position ids under left or right padding: the first real token of each row is 0."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossOutput:
+    """Outcome of one micro-batch.
+
+    Attributes:
+        total: scalar to differentiate; weighted mean over counted positions.
+        terms: detached scalars by name (``state``, ``explained``, ``cross_entropy``, ``kl``).
+        tokens: positions denoised, the unit of the budget.
+    """
+
+    total: Float[Tensor, ""]
+    terms: dict[str, Tensor]
+    tokens: int
+
+
+class SamplingCache:
+    """One denoiser cache per function evaluation of the sampler.
+
+    Position i's evaluation number k attends to what earlier positions looked like in *their*
+    evaluation number k. With one cache per evaluation, writing a text token by token repeats the
+    arithmetic of denoising the whole text at once: same noise, same time, same keys and values.
+    """
+
+    def __init__(self) -> None:
+        self.caches: list[DenoiserCache] = []
+
+    def at(self, index: int) -> DenoiserCache:
+        """Return the cache of evaluation ``index``, made on first use."""
+        while len(self.caches) <= index:
+            self.caches.append(DenoiserCache())
+        return self.caches[index]
+
+    def reorder(self, rows: Int[Tensor, " batch"]) -> None:
+        """Select batch rows, as beam search does."""
+        for cache in self.caches:
+            cache.reorder(rows)
+
+    def length(self) -> int:
+        """Positions held."""
+        return self.caches[0].length() if self.caches else 0
+
+
+class Method(nn.Module):
+    """A trainable replacement of prefix(l). Holds no backbone: every call is given one.
+
+    Args:
+        config: the parts; ``config.split`` must be set.
+        dim: hidden size of the backbone.
+        noise_scale: 1 for diffusion; 0 for the regression control, which sees z_1 = 0 at t = 1 only.
+    """
+
+    def __init__(self, config: MethodConfig, dim: int, *, noise_scale: float = 1.0) -> None:
+        super().__init__()
+        if config.split is None:
+            raise UsageError("method.split is not set. Give method.split, or method.split_from a scores.json.")
+        if config.regime == "replace" and config.denoiser.mask != "causal":
+            raise UsageError(
+                f"regime 'replace' needs method.denoiser.mask 'causal', not {config.denoiser.mask!r}: "
+                "a bridge that sees later tokens leaks the answer."
+            )
+        if config.sampler.guidance != 1.0 and config.objective.condition_dropout == 0.0:
+            raise UsageError(
+                "method.sampler.guidance needs method.objective.condition_dropout > 0: "
+                "without it the unconditional estimate is never trained."
+            )
+        weights = (config.objective.state, config.objective.cross_entropy, config.objective.kl)
+        if min(weights) < 0 or max(weights) == 0:
+            raise UsageError(
+                "the weights method.objective.state, .cross_entropy and .kl must not be negative, "
+                f"and one must be positive; got {weights}."
+            )
+        self.config = config
+        self.dim = dim
+        self.noise_scale = noise_scale
+        self.space = HiddenSpace(config.split, dim)
+        self.process: Process = build_process(config.process)
+        self.denoiser = DenoiserTransformer(config.denoiser, state_dim=dim, condition_dim=dim)
+        self.lora = nn.ParameterList()
+        """Weights of the adapters in the backbone's suffix; empty until :meth:`attach`."""
+        self._adapters: Adapters | None = None
+
+    @property
+    def split(self) -> int:
+        """Number of blocks replaced."""
+        return self.space.split
+
+    def attach(self, backbone: Backbone, *, trainable: bool = True) -> None:
+        """Inject the LoRA adapters into the backbone's suffix, if the configuration has any. Call it once."""
+        if self.config.lora.rank > 0 and self._adapters is None:
+            self._adapters = Adapters(backbone, self.config.lora, self.split, trainable=trainable)
+            self.lora = nn.ParameterList(self._adapters.parameters())
+
+    @property
+    def adapters(self) -> Adapters | None:
+        """The adapters of the suffix, if any."""
+        return self._adapters
+
+    def reading(self) -> contextlib.AbstractContextManager[None]:
+        """Scope in which the backbone's suffix reads this method's states: with its adapters, if any."""
+        if self.config.lora.rank > 0 and self._adapters is None:
+            raise UsageError("this method has LoRA adapters: call attach(backbone) before its states are read.")
+        return contextlib.nullcontext() if self._adapters is None else self._adapters.active()
+
+    def new_cache(self, backbone: Backbone) -> SamplingCache:
+        """An empty cache for :meth:`states`."""
+        return SamplingCache()
+
+    @torch.no_grad()
+    def fit_normalisation(self, backbone: Backbone, batches: Iterable[Batch]) -> int:
+        """Measure the state's mean and deviation; return the tokens used. Called once, before training."""
+
+        def states() -> Iterable[tuple[State, Tensor, Mask]]:
+            for item in batches:
+                batch = item.to(backbone.device)
+                mask = batch.attention_mask
+                yield backbone.prefix(batch.input_ids, self.split, attention_mask=mask), positions_of(mask), mask
+
+        return self.space.fit(states())
+
+    def _estimate(
+        self,
+        z_t: State,
+        t: Time,
+        condition: State,
+        position_ids: Int[Tensor, "batch time"],
+        *,
+        attention_mask: Mask | None,
+        cache: DenoiserCache | None = None,
+        drop: Bool[Tensor, " batch"] | None = None,
+        previous: State | None = None,
+    ) -> tuple[State, State]:
+        """Raw network output and the clean-state estimate it stands for."""
+        clip = self.config.objective.norm_clip
+        out = self.denoiser(
+            self.space.squash(z_t, clip),
+            t,
+            condition,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            cache=cache,
+            drop_condition=drop,
+            self_condition=None if previous is None else self.space.squash(previous, clip),
+        )
+        out = out.float()
+        return out, self.process.to_x0(out, z_t, t)
+
+    def loss(
+        self,
+        backbone: Backbone,
+        batch: Batch,
+        *,
+        seed: int,
+        step: int,
+        batch_index: Int[Tensor, " batch"],
+        global_batch: int,
+    ) -> LossOutput:
+        """Training loss of one micro-batch.
+
+        Args:
+            backbone: the frozen backbone; its prefix gives the target, its suffix reads it.
+            batch: windows of tokens.
+            seed: seed of times, noise and dropped conditions.
+            step: optimiser step, which keys the low-discrepancy shift of the times.
+            batch_index: place of each sequence in the global batch.
+            global_batch: sequences in the global batch.
+        """
+        objective = self.config.objective
+        ids, mask = batch.input_ids, batch.attention_mask
+        position_ids = positions_of(mask)
+        full = bool(batch.full)  # known on the host: no padding means the fast attention path everywhere
+        attention_mask = None if full else mask
+        with torch.no_grad(), _own_dtype(backbone):
+            condition = backbone.embed(ids, position_ids=position_ids)
+            clean = backbone.prefix(ids, self.split, attention_mask=attention_mask, position_ids=position_ids)
+        z = self.space.normalise(clean, position_ids)
+        t = sample_times(
+            self.config.time,
+            seed=seed,
+            step=step,
+            sample_ids=batch.sample_ids,
+            batch_index=batch_index,
+            batch_size=global_batch,
+        )
+        eps = normal(seed, batch.sample_ids, "noise", tuple(z.shape[1:]), device=z.device)
+        # At noise_scale 0 nothing of z may leak through an alpha(1) that is not quite zero.
+        z_t = self.noise_scale * self.process.noise(z, t, eps)
+        drop = None
+        if objective.condition_dropout > 0:
+            drop = uniform(seed, batch.sample_ids, "condition", device=z.device) < objective.condition_dropout
+        previous = None
+        if self.config.denoiser.self_conditioning > 0:
+            with torch.no_grad():
+                _, previous = self._estimate(
+                    z_t, t, condition, position_ids, attention_mask=attention_mask, drop=drop
+                )
+                share = uniform(seed, batch.sample_ids, "self-condition", device=z.device)
+                previous = previous * (share < self.config.denoiser.self_conditioning)[:, None, None]
+        out, x0 = self._estimate(
+            z_t, t, condition, position_ids, attention_mask=attention_mask, drop=drop, previous=previous
+        )
+
+        real = mask.float()
+        count = real.sum().clamp_min(1)
+        error = (out - self.process.target(z, eps, t)).square().mean(-1)
+        weight = self.space.outlier_weight(z, objective.norm_clip) * real
+        state = (error * weight).sum() / count
+        total = objective.state * state if objective.state > 0 else state.new_zeros(())
+        with torch.no_grad():
+            ordinary = real * (weight == real) * (position_ids > 0)
+            residual = ((x0 - z).square().mean(-1) * ordinary).sum()
+            explained = 1 - residual / (z.square().mean(-1) * ordinary).sum().clamp_min(1e-12)
+        terms = {"state": state.detach(), "explained": explained}
+
+        if objective.cross_entropy > 0 or objective.kl > 0:
+            extra, suffix_terms = self._suffix_terms(backbone, batch, clean, x0, t, position_ids, attention_mask)
+            total = total + extra
+            terms |= suffix_terms
+        tokens = int(ids.numel()) if full else int(mask.sum())
+        return LossOutput(total=total, terms=terms, tokens=tokens)
+
+    def _suffix_terms(
+        self,
+        backbone: Backbone,
+        batch: Batch,
+        clean: State,
+        x0: State,
+        t: Time,
+        position_ids: Int[Tensor, "batch time"],
+        attention_mask: Mask | None,
+    ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+        """Cross-entropy and KL of the estimate, read by the frozen suffix."""
+        objective = self.config.objective
+        keywords = {"attention_mask": attention_mask, "position_ids": position_ids}
+        with _own_dtype(backbone):
+            teacher = None
+            if objective.kl > 0:
+                with torch.no_grad():
+                    teacher = backbone.suffix_features(clean, self.split, **keywords).flatten(0, 1)
+            estimate = self.space.denormalise(x0, position_ids).to(clean.dtype)
+            with self.reading():
+                features = backbone.suffix_features(estimate, self.split, **keywords).flatten(0, 1)
+            late = (t >= objective.kl_min_time).float().unsqueeze(-1)
+            counted = batch.loss_mask.float() * late
+            real = batch.attention_mask.float() * late
+            weight_ce = objective.cross_entropy * counted / counted.sum().clamp_min(1)
+            weight_kl = objective.kl * real / real.sum().clamp_min(1)
+            targets = batch.input_ids.roll(-1, dims=1)
+            loss = suffix_loss(
+                features,
+                targets.flatten(),
+                backbone.head,
+                weight_ce=weight_ce.flatten(),
+                weight_kl=weight_kl.flatten(),
+                teacher=teacher,
+                chunk=objective.logit_chunk,
+            )
+        terms = {}
+        if objective.cross_entropy > 0:
+            terms["cross_entropy"] = (loss.cross_entropy * weight_ce.flatten()).sum() / objective.cross_entropy
+        if objective.kl > 0:
+            terms["kl"] = (loss.kl * weight_kl.flatten()).sum() / objective.kl
+        return loss.total, terms
+
+    @torch.no_grad()
+    def states(
+        self,
+        backbone: Backbone,
+        input_ids: TokenIds,
+        *,
+        attention_mask: Mask | None = None,
+        position_ids: Int[Tensor, "batch time"] | None = None,
+        steps: int | None = None,
+        sampler: str | None = None,
+        seed: int | None = None,
+        sample_ids: Int[Tensor, " batch"] | None = None,
+        cache: SamplingCache | None = None,
+    ) -> State:
+        """Draw h^l given the tokens, in the backbone's dtype.
+
+        Args:
+            backbone: gives the condition h^0 (its embedding only is used).
+            input_ids: new tokens; with a cache, those after the cached ones.
+            attention_mask: real tokens; with a cache it covers cached and new ones.
+            position_ids: default: counted from the mask.
+            steps, sampler, seed: default: ``config.sampler``.
+            sample_ids: key of each row's noise; default 0 for all rows, so that a row's result
+                does not depend on the batch it is in.
+            cache: keys and values of earlier positions; extended in place.
+
+        The noise at a position depends on (seed, sample id, position) only.
+        """
+        own = self.config.sampler
+        steps = own.steps if steps is None else steps
+        sampler = own.name if sampler is None else sampler
+        seed = own.seed if seed is None else seed
+        if self.noise_scale == 0.0 and steps != 1:
+            raise UsageError(f"a regression method has one step, {steps} were asked for. Give steps 1.")
+        batch, time = input_ids.shape
+        device = backbone.device
+        if position_ids is None:
+            whole = torch.ones(batch, time, dtype=torch.bool, device=device) if attention_mask is None else attention_mask
+            position_ids = positions_of(whole.bool())[:, -time:]
+        condition = backbone.embed(input_ids, position_ids=position_ids)
+        rows = torch.zeros(batch, dtype=torch.int64, device=device) if sample_ids is None else sample_ids.to(device)
+        keys = rows.unsqueeze(-1) * _MAX_POSITIONS + position_ids
+
+        def noise(step: int) -> State:
+            return self.noise_scale * normal(seed, keys, f"sample {step}", (self.dim,), device=device)
+
+        evaluation = 0
+        previous: State | None = None
+
+        def denoise(z_t: State, t: Time) -> State:
+            nonlocal evaluation, previous
+            estimates = []
+            for drop in (None,) if own.guidance == 1.0 else (None, torch.ones(batch, dtype=torch.bool, device=device)):
+                _, x0 = self._estimate(
+                    z_t,
+                    t,
+                    condition,
+                    position_ids,
+                    attention_mask=attention_mask,
+                    cache=None if cache is None else cache.at(evaluation),
+                    drop=drop,
+                    previous=previous,
+                )
+                estimates.append(x0)
+                evaluation += 1
+            x0 = estimates[0] if len(estimates) == 1 else guided(estimates[0], estimates[1], own.guidance)
+            if self.config.denoiser.self_conditioning > 0:
+                previous = x0
+            return x0
+
+        with torch.autocast(device.type, enabled=False):
+            z = sample(sampler, denoise, self.process, noise(0), steps=steps, noise=lambda step: noise(step + 1))
+        return self.space.denormalise(z, position_ids).to(backbone.dtype)
+
+    def evaluations(self, steps: int, sampler: str | None = None) -> int:
+        """Number of function evaluations (NFE) of :meth:`states`."""
+        passes = 1 if self.config.sampler.guidance == 1.0 else 2
+        return passes * nfe(self.config.sampler.name if sampler is None else sampler, steps)
+
+
+def _own_dtype(backbone: Backbone):
+    # The target and the reading of it must be what evaluation will see: no autocast inside the backbone.
+    return torch.autocast(backbone.device.type, enabled=False)
+
+
+def _bridge(config: MethodConfig, dim: int) -> Method:
+    return Method(config, dim)
+
+
+def _regression(config: MethodConfig, dim: int) -> Method:
+    if config.sampler.steps != 1:
+        raise UsageError(f"method 'regression' has one step; method.sampler.steps is {config.sampler.steps}.")
+    if config.process.parametrisation != "x0":
+        raise UsageError("method 'regression' predicts the state: set method.process.parametrisation to x0.")
+    return Method(replace(config, time=replace(config.time, terminal_fraction=1.0)), dim, noise_scale=0.0)
+
+
+METHODS: dict[str, Callable[[MethodConfig, int], Method]] = {
+    "bridge": _bridge,
+    "regression": _regression,
+}
+"""Name -> builder(config, hidden size)."""
+
+
+def build_method(config: MethodConfig, backbone: Backbone | int) -> Method:
+    """Build a method with fresh weights, in fp32 on the CPU.
+
+    Args:
+        config: the method; ``split`` resolved.
+        backbone: the backbone, or its hidden size.
+
+    Raises:
+        UsageError: unknown name (with the near match), a split that the backbone does not have, or
+            options that contradict each other.
+    """
+    if config.name not in METHODS:
+        raise unknown_name("method", config.name, METHODS, hint="Add a builder to METHODS in dihal/methods.py.")
+    if not isinstance(backbone, int) and config.split is not None and not 0 <= config.split < backbone.num_blocks:
+        raise UsageError(
+            f"method.split {config.split} is out of range: this backbone has {backbone.num_blocks} blocks, "
+            f"so splits 0 to {backbone.num_blocks - 1}."
+        )
+    return METHODS[config.name](config, backbone if isinstance(backbone, int) else backbone.hidden_size)
