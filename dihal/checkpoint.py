@@ -19,6 +19,7 @@ stays valid. A load checks every byte: a flipped bit loads without complaint in 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -29,18 +30,15 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import safetensors
 import safetensors.torch
-import torch
 from torch import Tensor
 
+from dihal.config import TrainConfig
 from dihal.errors import UsageError
 from dihal.io import canonical_json, ensure_dir, hash_json, require_free_space, sha256_file, write_json, write_text
-
-if TYPE_CHECKING:
-    from dihal.config import TrainConfig
 
 __all__ = [
     "FORMAT",
@@ -94,8 +92,7 @@ class Checkpoint:
         Raises:
             UsageError: it has options this version does not know.
         """
-        from dihal.config import TrainConfig
-        from dihal.config.cli import from_dict
+        from dihal.config.convert import from_dict
 
         try:
             return from_dict(TrainConfig, self.raw_config)
@@ -119,7 +116,9 @@ class Checkpoint:
             UsageError: there is no such file, with the list of those there are.
         """
         if name not in self.names:
-            raise UsageError(f"checkpoint {str(self.path)!r} holds no {name!r} tensors. It has: {', '.join(self.names)}.")
+            raise UsageError(
+                f"checkpoint {str(self.path)!r} holds no {name!r} tensors. It has: {', '.join(self.names)}."
+            )
         loaded = safetensors.torch.load_file(self.path / f"{name}.safetensors")
         for alias, original in self.manifest["aliases"].get(name, {}).items():
             loaded[alias] = loaded[original]
@@ -175,16 +174,12 @@ def _open_permissions(path: Path, mode: int) -> None:
     os.chmod(path, mode & ~mask)
 
 
+def _seal(body: dict[str, Any]) -> str:
+    return hashlib.sha256(canonical_json(body).encode()).hexdigest()
+
+
 def _manifest_text(body: dict[str, Any]) -> str:
-    sealed = {**body, "sha256": hash_json_full(body)}
-    return json.dumps(sealed, indent=1) + "\n"
-
-
-def hash_json_full(data: Any) -> str:
-    """Hex sha256 of the canonical JSON of ``data``."""
-    import hashlib
-
-    return hashlib.sha256(canonical_json(data).encode()).hexdigest()
+    return json.dumps({**body, "sha256": _seal(body)}, indent=1) + "\n"
 
 
 def _stage(
@@ -295,7 +290,7 @@ def _verify(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
         raise _Invalid(f"{manifest_path} is not a checkpoint manifest")
     body = {key: value for key, value in manifest.items() if key != "sha256"}
     # The text itself must be what we would write: otherwise a flip in white space would pass.
-    if hash_json_full(body) != manifest["sha256"] or _manifest_text(body) != text:
+    if _seal(body) != manifest["sha256"] or _manifest_text(body) != text:
         raise _Invalid(f"{manifest_path} was altered after it was written")
     if manifest["format"] != FORMAT:
         raise UsageError(
@@ -353,8 +348,8 @@ def _newest(folder: Path) -> Checkpoint:
         pointed = pointer.read_text(encoding="utf-8", errors="replace").strip()
     # The folder is renamed before the pointer: a newer step than the pointer's is a whole save whose
     # last rename was interrupted. So steps decide, and the pointer only tells what should be there.
-    if pointed not in {path.name for path in candidates}:
-        _loudly(f"{str(pointer)!r} names {pointed!r}, which is not there; taking the newest valid checkpoint instead.")
+    if pointed and pointed not in {path.name for path in candidates}:
+        _loudly(f"{str(pointer)!r} names {pointed!r}, which is not there; taking the newest valid checkpoint.")
     problems = []
     for path in reversed(candidates):
         try:
@@ -434,6 +429,3 @@ def prune(folder: str | Path, keep: int, *, valid: Path | None = None) -> list[P
     for path in old:
         _discard(path)
     return old
-
-
-assert torch  # imported for its side effect on safetensors' dtypes

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dihal.methods import positions_of
 from dihal.spaces.hidden import HiddenSpace
-from dihal.types import Mask, State, TokenIds
+from dihal.types import Padding, State, TokenIds
 
 if TYPE_CHECKING:
     from dihal.backbone import Backbone
@@ -40,7 +40,7 @@ class Identity(nn.Module):
         backbone: Backbone,
         input_ids: TokenIds,
         *,
-        attention_mask: Mask | None = None,
+        attention_mask: Padding | None = None,
         position_ids: Int[Tensor, "batch time"] | None = None,
         cache: Any = None,
         **_: Any,
@@ -73,7 +73,7 @@ class MeanState(nn.Module):
         backbone: Backbone,
         input_ids: TokenIds,
         *,
-        attention_mask: Mask | None = None,
+        attention_mask: Padding | None = None,
         position_ids: Int[Tensor, "batch time"] | None = None,
         **_: Any,
     ) -> State:
@@ -104,7 +104,7 @@ class Embedding(nn.Module):
         backbone: Backbone,
         input_ids: TokenIds,
         *,
-        attention_mask: Mask | None = None,
+        attention_mask: Padding | None = None,
         position_ids: Int[Tensor, "batch time"] | None = None,
         **_: Any,
     ) -> State:
@@ -113,7 +113,7 @@ class Embedding(nn.Module):
 
 
 def _positions(
-    input_ids: TokenIds, attention_mask: Mask | None, position_ids: Int[Tensor, "batch time"] | None
+    input_ids: TokenIds, attention_mask: Padding | None, position_ids: Int[Tensor, "batch time"] | None
 ) -> Int[Tensor, "batch time"]:
     if position_ids is not None:
         return position_ids

@@ -24,6 +24,7 @@ from dihal.config.method import MethodConfig
 from dihal.controls import Identity
 from dihal.errors import UsageError
 from dihal.methods import Method, build_method, positions_of
+from dihal.restore import is_checkpoint, load_method, require_backbone
 
 if TYPE_CHECKING:
     from dihal.backbone import Backbone
@@ -70,7 +71,7 @@ class HybridCache:
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Positions held."""
-        return self.suffix.length()
+        return self.suffix.length
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Select rows, as beam search does."""
@@ -146,6 +147,12 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         """Blocks replaced."""
         return int(self.config.method["split"])
 
+    @property
+    def device(self) -> torch.device:
+        """Where the backbone is; the bridge follows it."""
+        held = self.__dict__.get("_held")
+        return super().device if held is None else held.device
+
     def _hold(self, backbone: Backbone) -> None:
         self.to(backbone.device)
         object.__setattr__(self, "_held", backbone)
@@ -158,26 +165,7 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             UsageError: another family, size, revision, or any weight that differs.
         """
-        wanted, given = self.config.backbone, asdict(backbone.reference)
-        for key in ("family", "num_blocks", "hidden_size", "vocab_size"):
-            if wanted.get(key) != given.get(key):
-                raise UsageError(
-                    f"this hybrid needs the backbone {wanted.get('id')!r} with {key} {wanted.get(key)!r}; "
-                    f"{given.get('id')!r} has {given.get(key)!r}. Attach the backbone it was trained with."
-                )
-        if wanted.get("id") == given.get("id") and wanted.get("revision") != given.get("revision"):
-            raise UsageError(
-                f"this hybrid needs revision {wanted.get('revision')!r} of {wanted.get('id')!r}, not "
-                f"{given.get('revision')!r}. Load the backbone with that revision."
-            )
-        found = backbone.fingerprint(self.split, dtype=wanted.get("dtype"))
-        if found != self.config.fingerprint:
-            raise UsageError(
-                f"the weights of the backbone {given.get('id')!r} ({given.get('dtype')}) are not those this hybrid was "
-                f"trained with: fingerprint {found[:16]}, expected {self.config.fingerprint[:16]} "
-                f"({wanted.get('id')!r}, revision {wanted.get('revision')!r}, {wanted.get('dtype')}). "
-                "Attach that backbone, unedited and in that dtype."
-            )
+        require_backbone("this hybrid", self.config.backbone, self.config.fingerprint, backbone, self.split)
         self._hold(backbone)
         return self
 
@@ -348,8 +336,6 @@ def load_hybrid(
     Raises:
         UsageError: nothing there, damaged files, or a backbone that is not the one trained with.
     """
-    from dihal.checkpoint import is_checkpoint, load_method
-
     if is_checkpoint(path):
         method, found = load_method(path, backbone=backbone, device=device, weights=weights)
         return HybridForCausalLM.from_method(method, found)

@@ -43,7 +43,7 @@ class Adapters:
             raise UsageError(f"method.lora.rank is {config.rank}; adapters need a rank of at least 1.")
         if any(isinstance(m, peft.tuners.lora.LoraLayer) for m in backbone.model.modules()):
             raise UsageError("this backbone has LoRA adapters already. Load it anew for another method.")
-        available = backbone.linear_names(split)
+        available = list(backbone.lora_targets)
         targets = list(config.targets) or available
         unknown = sorted(set(targets) - set(available))
         if unknown:

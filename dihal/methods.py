@@ -7,7 +7,7 @@ the only place that tells one method from another.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from dihal.config.method import MethodConfig
-from dihal.diffusion.guidance import guided
+from dihal.diffusion.guidance import evaluations_per_estimate, guided
 from dihal.diffusion.process import Process, build_process
 from dihal.diffusion.samplers import nfe, sample
 from dihal.diffusion.timesteps import sample_times
@@ -27,7 +27,7 @@ from dihal.nn.transformer import DenoiserTransformer
 from dihal.random import normal, uniform
 from dihal.spaces.hidden import HiddenSpace
 from dihal.spaces.recovery import suffix_loss
-from dihal.types import Mask, State, Time, TokenIds
+from dihal.types import Mask, Padding, State, Time, TokenIds
 
 if TYPE_CHECKING:
     from dihal.backbone import Backbone
@@ -39,7 +39,7 @@ _MAX_POSITIONS = 1 << 20
 """Positions that a sampling-noise key leaves room for: key = sample id * this + position."""
 
 
-def positions_of(attention_mask: Mask) -> Int[Tensor, "batch time"]:
+def positions_of(attention_mask: Padding) -> Int[Tensor, "batch total"]:
     """Position ids under left or right padding: the first real token of each row is 0."""
     return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
 
@@ -81,9 +81,10 @@ class SamplingCache:
         for cache in self.caches:
             cache.reorder(rows)
 
+    @property
     def length(self) -> int:
         """Positions held."""
-        return self.caches[0].length() if self.caches else 0
+        return self.caches[0].length if self.caches else 0
 
 
 class Method(nn.Module):
@@ -119,6 +120,7 @@ class Method(nn.Module):
         self.dim = dim
         self.noise_scale = noise_scale
         self.space = HiddenSpace(config.split, dim)
+        self.condition_space = HiddenSpace(0, dim)
         self.process: Process = build_process(config.process)
         self.denoiser = DenoiserTransformer(config.denoiser, state_dim=dim, condition_dim=dim)
         self.lora = nn.ParameterList()
@@ -153,15 +155,23 @@ class Method(nn.Module):
 
     @torch.no_grad()
     def fit_normalisation(self, backbone: Backbone, batches: Iterable[Batch]) -> int:
-        """Measure the state's mean and deviation; return the tokens used. Called once, before training."""
+        """Measure mean and deviation of state and condition; return the tokens used. Called once, before training."""
+        held = list(batches)
 
-        def states() -> Iterable[tuple[State, Tensor, Mask]]:
-            for item in batches:
+        def states(split: int) -> Iterator[tuple[State, Tensor, Mask]]:
+            for item in held:
                 batch = item.to(backbone.device)
                 mask = batch.attention_mask
-                yield backbone.prefix(batch.input_ids, self.split, attention_mask=mask), positions_of(mask), mask
+                state = backbone.prefix(batch.input_ids, split, attention_mask=None if batch.full else mask)
+                yield state, positions_of(mask), mask
 
-        return self.space.fit(states())
+        self.condition_space.fit(states(0))
+        return self.space.fit(states(self.split))
+
+    def _condition(self, backbone: Backbone, input_ids: TokenIds, position_ids: Int[Tensor, "batch time"]) -> State:
+        """Normalised token embeddings. The first token is scaled as any other: it may be any token."""
+        embedded = backbone.embed(input_ids, position_ids=position_ids)
+        return self.condition_space.normalise(embedded, torch.ones_like(position_ids))
 
     def _estimate(
         self,
@@ -170,7 +180,7 @@ class Method(nn.Module):
         condition: State,
         position_ids: Int[Tensor, "batch time"],
         *,
-        attention_mask: Mask | None,
+        attention_mask: Padding | None,
         cache: DenoiserCache | None = None,
         drop: Bool[Tensor, " batch"] | None = None,
         previous: State | None = None,
@@ -199,6 +209,7 @@ class Method(nn.Module):
         step: int,
         batch_index: Int[Tensor, " batch"],
         global_batch: int,
+        progress: float = 1.0,
     ) -> LossOutput:
         """Training loss of one micro-batch.
 
@@ -209,6 +220,7 @@ class Method(nn.Module):
             step: optimiser step, which keys the low-discrepancy shift of the times.
             batch_index: place of each sequence in the global batch.
             global_batch: sequences in the global batch.
+            progress: share of the budget spent, in [0, 1]; the suffix terms start at ``objective.suffix_start``.
         """
         objective = self.config.objective
         ids, mask = batch.input_ids, batch.attention_mask
@@ -216,7 +228,7 @@ class Method(nn.Module):
         full = bool(batch.full)  # known on the host: no padding means the fast attention path everywhere
         attention_mask = None if full else mask
         with torch.no_grad(), _own_dtype(backbone):
-            condition = backbone.embed(ids, position_ids=position_ids)
+            condition = self._condition(backbone, ids, position_ids)
             clean = backbone.prefix(ids, self.split, attention_mask=attention_mask, position_ids=position_ids)
         z = self.space.normalise(clean, position_ids)
         t = sample_times(
@@ -257,8 +269,8 @@ class Method(nn.Module):
             explained = 1 - residual / (z.square().mean(-1) * ordinary).sum().clamp_min(1e-12)
         terms = {"state": state.detach(), "explained": explained}
 
-        if objective.cross_entropy > 0 or objective.kl > 0:
-            extra, suffix_terms = self._suffix_terms(backbone, batch, clean, x0, t, position_ids, attention_mask)
+        if (objective.cross_entropy > 0 or objective.kl > 0) and progress >= objective.suffix_start:
+            extra, suffix_terms = self._suffix_terms(backbone, batch, clean, x0, position_ids, attention_mask)
             total = total + extra
             terms |= suffix_terms
         tokens = int(ids.numel()) if full else int(mask.sum())
@@ -270,7 +282,6 @@ class Method(nn.Module):
         batch: Batch,
         clean: State,
         x0: State,
-        t: Time,
         position_ids: Int[Tensor, "batch time"],
         attention_mask: Mask | None,
     ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
@@ -285,9 +296,7 @@ class Method(nn.Module):
             estimate = self.space.denormalise(x0, position_ids).to(clean.dtype)
             with self.reading():
                 features = backbone.suffix_features(estimate, self.split, **keywords).flatten(0, 1)
-            late = (t >= objective.kl_min_time).float().unsqueeze(-1)
-            counted = batch.loss_mask.float() * late
-            real = batch.attention_mask.float() * late
+            counted, real = batch.loss_mask.float(), batch.attention_mask.float()
             weight_ce = objective.cross_entropy * counted / counted.sum().clamp_min(1)
             weight_kl = objective.kl * real / real.sum().clamp_min(1)
             targets = batch.input_ids.roll(-1, dims=1)
@@ -313,7 +322,7 @@ class Method(nn.Module):
         backbone: Backbone,
         input_ids: TokenIds,
         *,
-        attention_mask: Mask | None = None,
+        attention_mask: Padding | None = None,
         position_ids: Int[Tensor, "batch time"] | None = None,
         steps: int | None = None,
         sampler: str | None = None,
@@ -346,7 +355,7 @@ class Method(nn.Module):
         if position_ids is None:
             whole = torch.ones(batch, time, dtype=torch.bool, device=device) if attention_mask is None else attention_mask
             position_ids = positions_of(whole.bool())[:, -time:]
-        condition = backbone.embed(input_ids, position_ids=position_ids)
+        condition = self._condition(backbone, input_ids, position_ids)
         rows = torch.zeros(batch, dtype=torch.int64, device=device) if sample_ids is None else sample_ids.to(device)
         keys = rows.unsqueeze(-1) * _MAX_POSITIONS + position_ids
 
@@ -356,23 +365,29 @@ class Method(nn.Module):
         evaluation = 0
         previous: State | None = None
 
+        def estimate(z_t: State, t: Time, drop: Tensor | None) -> State:
+            nonlocal evaluation
+            _, x0 = self._estimate(
+                z_t,
+                t,
+                condition,
+                position_ids,
+                attention_mask=attention_mask,
+                cache=None if cache is None else cache.at(evaluation),
+                drop=drop,
+                previous=previous,
+            )
+            evaluation += 1
+            return x0
+
+        everyone = torch.ones(batch, dtype=torch.bool, device=device)
+        estimator = guided(
+            lambda z_t, t: estimate(z_t, t, None), lambda z_t, t: estimate(z_t, t, everyone), own.guidance
+        )
+
         def denoise(z_t: State, t: Time) -> State:
-            nonlocal evaluation, previous
-            estimates = []
-            for drop in (None,) if own.guidance == 1.0 else (None, torch.ones(batch, dtype=torch.bool, device=device)):
-                _, x0 = self._estimate(
-                    z_t,
-                    t,
-                    condition,
-                    position_ids,
-                    attention_mask=attention_mask,
-                    cache=None if cache is None else cache.at(evaluation),
-                    drop=drop,
-                    previous=previous,
-                )
-                estimates.append(x0)
-                evaluation += 1
-            x0 = estimates[0] if len(estimates) == 1 else guided(estimates[0], estimates[1], own.guidance)
+            nonlocal previous
+            x0 = estimator(z_t, t)
             if self.config.denoiser.self_conditioning > 0:
                 previous = x0
             return x0
@@ -383,11 +398,10 @@ class Method(nn.Module):
 
     def evaluations(self, steps: int, sampler: str | None = None) -> int:
         """Number of function evaluations (NFE) of :meth:`states`."""
-        passes = 1 if self.config.sampler.guidance == 1.0 else 2
-        return passes * nfe(self.config.sampler.name if sampler is None else sampler, steps)
+        return evaluations_per_estimate(self.config.sampler.guidance) * nfe(self.config.sampler.name if sampler is None else sampler, steps)
 
 
-def _own_dtype(backbone: Backbone):
+def _own_dtype(backbone: Backbone) -> torch.autocast:
     # The target and the reading of it must be what evaluation will see: no autocast inside the backbone.
     return torch.autocast(backbone.device.type, enabled=False)
 

@@ -89,7 +89,12 @@ def _generate(seed: int, ids: Tensor, purpose: str, shape: tuple[int, ...], devi
 
 
 def random_words(
-    seed: int, ids: Int[Tensor, "..."], purpose: str, shape: tuple[int, ...] = (), *, device: torch.device | str | None = None
+    seed: int,
+    ids: Int[Tensor, "..."],
+    purpose: str,
+    shape: tuple[int, ...] = (),
+    *,
+    device: torch.device | str | None = None,
 ) -> Int[Tensor, "..."]:
     """Return uniform integers in [0, 2^32) as int64, of shape ``ids.shape + shape``."""
     return _generate(seed, ids, purpose, shape, device, lambda *words: torch.stack(words, -1), torch.int64)

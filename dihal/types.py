@@ -23,7 +23,7 @@ from __future__ import annotations
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-__all__ = ["Logits", "Mask", "PerPosition", "State", "Time", "TokenIds"]
+__all__ = ["Logits", "Mask", "Padding", "PerPosition", "State", "Time", "TokenIds"]
 
 TokenIds = Int[Tensor, "batch time"]
 """Token ids."""
@@ -36,6 +36,9 @@ Logits = Float[Tensor, "batch time vocab"]
 
 Mask = Bool[Tensor, "batch time"]
 """True where a position holds a real token (or, for loss masks, where it counts)."""
+
+Padding = Bool[Tensor, "batch total"]
+"""True where a token is real; with a cache it covers cached and new positions."""
 
 PerPosition = Float[Tensor, "batch time"]
 """One number per position: a loss, a weight, a time."""

@@ -24,6 +24,8 @@ class BlockCache(DynamicCache):
         super().__init__(config=config)
         self.first_block = first_block
         self.last_block = last_block
+        # Without blocks there are no keys to count: a prefix at split 0 still needs positions.
+        self._seen_by_none = 0
 
     @property
     def range(self) -> tuple[int, int]:
@@ -39,16 +41,25 @@ class BlockCache(DynamicCache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen, whichever block is asked."""
+        if self.first_block == self.last_block:
+            return self._seen_by_none
         return super().get_seq_length(self._inside(layer_idx))
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Length and offset of the keys that a query of this length will see."""
+        if self.first_block == self.last_block:
+            return self._seen_by_none + query_length, 0
         return super().get_mask_sizes(query_length, self._inside(layer_idx))
 
     @property
     def length(self) -> int:
         """Tokens seen so far: the position of the next one in an unpadded row."""
         return self.get_seq_length(self.first_block)
+
+    def note_tokens(self, count: int) -> None:
+        """Count tokens that passed where no block keeps them; the backbone calls it."""
+        if self.first_block == self.last_block:
+            self._seen_by_none += count
 
     def truncate(self, length: int) -> None:
         """Forget every token from ``length`` on.
@@ -58,6 +69,8 @@ class BlockCache(DynamicCache):
         """
         if not 0 <= length <= self.length:
             raise UsageError(f"cannot truncate a cache of {self.length} tokens to {length}.")
+        if self.first_block == self.last_block:
+            self._seen_by_none = length
         for layer in self.layers[self.first_block : self.last_block]:
             if not layer.is_initialized:
                 continue

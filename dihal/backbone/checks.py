@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from dihal.errors import UsageError
 
-__all__ = ["default_positions", "require_block_range", "require_mask", "require_split", "require_state", "require_token_ids"]
+__all__ = [
+    "default_positions",
+    "require_block_range",
+    "require_cache",
+    "require_length",
+    "require_mask",
+    "require_split",
+    "require_state",
+    "require_token_ids",
+]
 
 
 def require_split(split: int, num_blocks: int) -> int:
@@ -22,7 +33,9 @@ def require_split(split: int, num_blocks: int) -> int:
 def require_block_range(first: int, last: int, num_blocks: int) -> None:
     """Refuse a range of blocks first .. last-1 that is not inside the backbone."""
     if not 0 <= first <= last <= num_blocks:
-        raise UsageError(f"blocks {first} to {last} (exclusive) are out of range: this backbone has {num_blocks} blocks.")
+        raise UsageError(
+            f"blocks {first} to {last} (exclusive) are out of range: this backbone has {num_blocks} blocks."
+        )
 
 
 def require_token_ids(input_ids: Tensor, vocab_size: int) -> None:
@@ -69,3 +82,19 @@ def default_positions(attention_mask: Tensor | None, time: int) -> Tensor | None
     if attention_mask is None:
         return None
     return (attention_mask.long().cumsum(-1) - 1).clamp_(min=0)[:, -time:]
+
+
+def require_length(total: int, limit: int | None) -> None:
+    """Refuse more tokens than a model with learned positions has positions for."""
+    if limit is not None and total > limit:
+        raise UsageError(f"{total} tokens, but this backbone has learned positions for {limit}. Use shorter sequences.")
+
+
+def require_cache(cache: Any, first: int, last: int) -> None:
+    """Refuse a cache of other blocks than those that run."""
+    if cache is not None and cache.range != (first, last):
+        held, end = cache.range
+        raise UsageError(
+            f"this cache holds blocks {held} to {end} (exclusive), blocks {first} to {last} are run. "
+            f"Make it with new_cache({first}, {last})."
+        )

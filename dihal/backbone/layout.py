@@ -32,6 +32,8 @@ class Layout:
     """Linear layer after attention, whose input is heads * head size wide; relative to a block."""
     windows: str | None = None
     """Config field that holds the sliding window's length in tokens."""
+    eager_only: bool = False
+    """The library has no SDPA for the family (Gemma 2 soft-caps attention scores): eager is used."""
     linears: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     """Last name of every linear layer of attention and MLP: the LoRA targets."""
 
@@ -42,7 +44,7 @@ LAYOUTS: dict[str, Layout] = {
     "qwen2": Layout(windows="sliding_window"),
     "qwen3": Layout(windows="sliding_window"),
     "olmo2": Layout(),
-    "gemma2": Layout(windows="sliding_window", softcap="final_logit_softcapping"),
+    "gemma2": Layout(windows="sliding_window", softcap="final_logit_softcapping", eager_only=True),
     "gemma3_text": Layout(windows="sliding_window", softcap="final_logit_softcapping"),
     "phi3": Layout(windows="sliding_window", linears=("qkv_proj", "o_proj", "gate_up_proj", "down_proj")),
     "gpt2": Layout(

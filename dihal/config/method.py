@@ -86,8 +86,8 @@ class ObjectiveConfig:
     """A token whose normalised norm exceeds this multiple of sqrt(d) counts by its relative error instead."""
     condition_dropout: float = 0.0
     """Probability that a sequence is trained without its condition (classifier-free guidance)."""
-    kl_min_time: float = 0.0
-    """The suffix terms count only sequences with t at least this."""
+    suffix_start: float = 0.0
+    """Share of the budget after which the terms read by the suffix begin; before it only the state error is trained."""
     logit_chunk: int = 1_024
     """Positions whose logits exist at once (memory, not results)."""
 

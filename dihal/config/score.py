@@ -32,9 +32,9 @@ class ScoreConfig:
     """Drop tokens whose norm exceeds this multiple of the layer's median; inf keeps all."""
     neighbours: int = 32
     """k of the local curvature."""
-    anchors: int = 2_048
+    anchors: int = 512
     """Anchor tokens of the local curvature."""
-    pool: int = 16_384
+    pool: int = 8_192
     """Tokens kept per layer for neighbours and intervals (a uniform sample when more are scored)."""
     rho: float = 1e-3
     """Ridge of the global stiffness, in units of the mean eigenvalue."""

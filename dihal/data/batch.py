@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -28,6 +29,8 @@ class Batch:
     to the same document and is not padding."""
     sample_ids: Int[Tensor, "batch"]
     """Training: index of the sequence in the whole run (the key of its noise), int64. Evaluation: window index."""
+    full: bool = False
+    """No position is padding. Known on the host, so that nobody has to ask the device."""
 
     def __len__(self) -> int:
         """Number of sequences."""
@@ -35,8 +38,12 @@ class Batch:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
         """Copy to a device. `non_blocking` needs pinned memory to overlap anything."""
-        return Batch(**{f.name: getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)})
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
         """Copy into page-locked memory; called by the loader's pinning thread."""
-        return Batch(**{f.name: getattr(self, f.name).pin_memory() for f in fields(self)})
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Batch(**{name: function(v) if isinstance(v, Tensor) else v for name, v in values.items()})

@@ -24,9 +24,18 @@ __all__ = ["pydoc_records", "stdlib_docstrings"]
 _SCHEMA = 1
 
 # Not documentation: test suites, generated or vendored code, what other projects installed.
-_SKIPPED = frozenset(
-    "__pycache__ dist-packages ensurepip idlelib lib2to3 pydoc_data site-packages test tests turtledemo".split()
-)
+_SKIPPED = {
+    "__pycache__",
+    "dist-packages",
+    "ensurepip",
+    "idlelib",
+    "lib2to3",
+    "pydoc_data",
+    "site-packages",
+    "test",
+    "tests",
+    "turtledemo",
+}
 
 
 def pydoc_records(stdlib: Path | None = None) -> Iterator[Record]:

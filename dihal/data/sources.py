@@ -137,7 +137,7 @@ def _parquet_records(path: Path, columns: Sequence[str]) -> Iterator[Record]:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise UsageError(f"reading {str(path)!r} needs pyarrow: pip install \"dihal[parquet]\"") from error
+        raise UsageError(f'reading {str(path)!r} needs pyarrow: pip install "dihal[parquet]"') from error
     try:
         file = pyarrow.parquet.ParquetFile(path)
         known = file.schema_arrow.names
@@ -171,7 +171,7 @@ def hub_records(source: str, *, streaming: bool) -> Iterator[Record]:
     try:
         import datasets
     except ImportError as error:
-        raise UsageError(f"reading {source!r} needs the datasets library: pip install \"dihal[datasets]\"") from error
+        raise UsageError(f'reading {source!r} needs the datasets library: pip install "dihal[datasets]"') from error
     where = f"data set {source!r}"
     try:
         records = datasets.load_dataset(name, config or None, split=split or "train", streaming=streaming)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,17 +176,22 @@ def split_documents(documents: Sequence[Document], config: DataConfig) -> tuple[
     else:
         places = [int(document.key, 16) / 16**16 for document in documents]
         held = [place < config.validation_fraction for place in places]
-        fix = "Add documents, or name data.holdout_groups."
-        if len(documents) > 1:
-            low, high = min(places), sorted(places)[-1]
-            bound = low if not any(held) else high
-            fix += f" Here a data.validation_fraction {'above' if not any(held) else 'below'} {bound:.3f} would do."
+        fix = _fraction_hint(places, none_held=not any(held))
     train = [document for document, out in zip(documents, held) if not out]
     validation = [document for document, out in zip(documents, held) if out]
     if not train or not validation:
         empty = "training" if not train else "validation"
         raise UsageError(f"the {empty} split is empty: all {len(documents)} documents are in the other one. {fix}")
     return train, validation
+
+
+def _fraction_hint(places: list[float], *, none_held: bool) -> str:
+    if len(places) == 1:
+        return "Give the text as several documents: a folder of .txt files, or one record each in a .jsonl file."
+    # Rounded outwards, so that the printed number works when it is typed in.
+    bound = math.ceil(min(places) * 1000) / 1000 if none_held else math.floor(max(places) * 1000) / 1000
+    side = "above" if none_held else "below"
+    return f"Add documents, name data.holdout_groups, or set data.validation_fraction {side} {bound}."
 
 
 def _unknown_group(name: str, groups: set[str]) -> UsageError:

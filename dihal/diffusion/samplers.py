@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -82,7 +83,7 @@ def _exponential_step(schedule: Schedule, x0: Tensor, z: Tensor, t: float, s: fl
 
 def euler(denoise: Denoise, schedule: Schedule, z: State, times: Sequence[float], noise: Noise | None = None) -> State:
     """Explicit Euler on the probability-flow ODE dz/dt = alpha' x0 + sigma' eps. First order, deterministic."""
-    for t, s in zip(times[:-1], times[1:], strict=True):
+    for t, s in pairwise(times):
         x0 = _estimate(denoise, z, t)
         z = x0 if s == 0 else z + (s - t) * _velocity(schedule, x0, z, t)
     return z
@@ -93,7 +94,7 @@ def heun(denoise: Denoise, schedule: Schedule, z: State, times: Sequence[float],
 
     The step to t = 0, where the velocity is 0 / 0, is the plain estimate and costs one.
     """
-    for t, s in zip(times[:-1], times[1:], strict=True):
+    for t, s in pairwise(times):
         x0 = _estimate(denoise, z, t)
         if s == 0:
             return x0
@@ -106,7 +107,7 @@ def heun(denoise: Denoise, schedule: Schedule, z: State, times: Sequence[float],
 
 def ddim(denoise: Denoise, schedule: Schedule, z: State, times: Sequence[float], noise: Noise | None = None) -> State:
     """Deterministic DDIM (Song et al. 2021, Eq. 12 with eta = 0): the ODE exactly, per step, for a frozen x0. First order."""
-    for t, s in zip(times[:-1], times[1:], strict=True):
+    for t, s in pairwise(times):
         x0 = _estimate(denoise, z, t)
         z = x0 if s == 0 else _exponential_step(schedule, x0, z, t, s)
     return z
@@ -119,7 +120,7 @@ def ancestral(
 
     Needs ``noise``; step i uses ``noise(i)``. The last step to t = 0 draws nothing.
     """
-    for index, (t, s) in enumerate(zip(times[:-1], times[1:], strict=True)):
+    for index, (t, s) in enumerate(pairwise(times)):
         x0 = _estimate(denoise, z, t)
         if s == 0:
             return x0
@@ -145,7 +146,7 @@ def dpmpp_2m(
     log-SNR is infinitely far away, and the one to t = 0.
     """
     previous, width_before = None, math.inf
-    for t, s in zip(times[:-1], times[1:], strict=True):
+    for t, s in pairwise(times):
         x0 = _estimate(denoise, z, t)
         if s == 0:
             return x0

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -26,6 +26,7 @@ Values = Float[Tensor, "*shape"]
 _QUARTER = math.pi / 2
 
 
+@runtime_checkable
 class Schedule(Protocol):
     """What a schedule offers. Implementations are final."""
 

@@ -1,0 +1,149 @@
+"""Trained methods to evaluate, and what they must share."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dihal.checkpoint import Checkpoint, load_checkpoint
+from dihal.config import TrainConfig
+from dihal.errors import UsageError
+from dihal.io import hash_json, sha256_file
+from dihal.methods import Method, build_method
+
+if TYPE_CHECKING:
+    from dihal.backbone import Backbone
+
+__all__ = ["Trained", "load_trained", "open_checkpoints", "require_backbone"]
+
+_SHARED = ("backbone_fingerprint", "tokenizer_fingerprint")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A checkpoint with its method, ready to run on the backbone's device."""
+
+    name: str
+    """Name of the row: the run folder's, made longer where two would be equal."""
+    checkpoint: Checkpoint
+    config: TrainConfig
+    method: Method
+    weights: str
+    """`ema` or `raw`, as loaded."""
+
+    @property
+    def budget(self) -> str:
+        """Hash of the budget's options."""
+        return hash_json(asdict(self.config.budget))
+
+    def identity(self) -> dict[str, Any]:
+        """What the result file says about the checkpoint."""
+        state = self.checkpoint.state
+        return {
+            "path": str(self.checkpoint.path),
+            "sha256": sha256_file(self.checkpoint.path / "manifest.json"),
+            "weights": self.weights,
+            **{name: state[name] for name in ("step", "tokens", "samples_seen", "seconds") if name in state},
+        }
+
+
+def open_checkpoints(paths: tuple[str, ...]) -> list[Checkpoint]:
+    """Open and verify the checkpoints, and refuse those that cannot share a table.
+
+    Raises:
+        UsageError: a path that holds none, one named twice, or two whose backbone, tokenizer or validation text
+            differ, naming the field, both values and both checkpoints.
+    """
+    found = [load_checkpoint(path) for path in paths]
+    if len({item.path.resolve() for item in found}) < len(found):
+        raise UsageError(f"a checkpoint is named twice: {', '.join(paths)}. Name each once.")
+    for other in found[1:]:
+        first = found[0]
+        pairs = [(field, first.manifest[field], other.manifest[field]) for field in _SHARED]
+        fingerprints = [item.manifest["data_fingerprint"] for item in (first, other)]
+        pairs.append(("data_fingerprint.validation", *(value["validation"] for value in fingerprints)))
+        pairs.append(("data.sequence_length", *(item.config.data.sequence_length for item in (first, other))))
+        for field, left, right in pairs:
+            if left != right:
+                raise UsageError(
+                    f"the checkpoints differ in {field}: {left!r} ({first.path}) and {right!r} ({other.path}). "
+                    "Evaluate them in separate calls; they cannot be ranked together."
+                )
+    return found
+
+
+def require_backbone(checkpoint: Checkpoint, backbone: Backbone) -> None:
+    """Refuse a backbone or tokenizer that is not the one a checkpoint was trained with.
+
+    Raises:
+        UsageError: naming the field and both values.
+    """
+    reference = checkpoint.manifest["backbone"]
+    held = asdict(backbone.reference)
+    pairs = [(f"backbone.{name}", reference[name], held[name]) for name in ("family", "num_blocks", "hidden_size")]
+    pairs.append(("backbone.dtype", reference["dtype"], held["dtype"]))
+    pairs.append(
+        ("tokenizer_fingerprint", checkpoint.manifest["tokenizer_fingerprint"], backbone.tokenizer_fingerprint)
+    )
+    if all(left == right for _, left, right in pairs):
+        pairs.append(("backbone_fingerprint", checkpoint.manifest["backbone_fingerprint"], backbone.fingerprint()))
+    for field, wanted, given in pairs:
+        if wanted != given:
+            raise UsageError(
+                f"checkpoint {str(checkpoint.path)!r} was trained with {field} {wanted!r}, the backbone "
+                f"{held['id']!r} has {given!r}. Evaluate with the backbone it was trained with."
+            )
+
+
+def load_trained(checkpoints: list[Checkpoint], backbone: Backbone, *, weights: str) -> list[Trained]:
+    """Build each checkpoint's method and load its weights.
+
+    Args:
+        checkpoints: opened checkpoints.
+        backbone: the backbone, already checked.
+        weights: ``ema`` (the last weights where there is no average) or ``raw``.
+    """
+    names = _names([item.path for item in checkpoints])
+    loaded = []
+    for name, checkpoint in zip(names, checkpoints, strict=True):
+        config = checkpoint.config
+        method = build_method(config.method, backbone)
+        method.attach(backbone, trainable=False)
+        tensors = checkpoint.tensors("model")
+        averaged = weights == "ema" and "ema" in checkpoint.names
+        if averaged:
+            # The average covers trainable weights; the normalisation buffers are those of the model.
+            tensors |= checkpoint.tensors("ema")
+        try:
+            method.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise UsageError(
+                f"the weights in {str(checkpoint.path)!r} do not fit its own configuration: {error}. Train it again."
+            ) from error
+        method.to(backbone.device).eval().requires_grad_(False)
+        loaded.append(
+            Trained(
+                name=name,
+                checkpoint=checkpoint,
+                config=config,
+                method=method,
+                weights="ema" if averaged else "raw",
+            )
+        )
+    return loaded
+
+
+def _names(paths: list[Path]) -> list[str]:
+    # <run>/checkpoints/step-N: the run's name, then as much more as tells them apart.
+    runs = [path.resolve().parent.parent for path in paths]
+    candidates = (
+        [run.name for run in runs],
+        [f"{run.parent.name}/{run.name}" for run in runs],
+        [f"{run.name}:{path.name}" for run, path in zip(runs, paths, strict=True)],
+        [f"{run.parent.name}/{run.name}:{path.name}" for run, path in zip(runs, paths, strict=True)],
+    )
+    for names in candidates:
+        if len(set(names)) == len(names):
+            return names
+    return [str(path.resolve()) for path in paths]

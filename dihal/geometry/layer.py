@@ -1,0 +1,215 @@
+"""From the statistics of one layer to its proxies, in each of the coordinates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dihal.config import ScoreConfig
+from dihal.errors import UsageError
+from dihal.geometry.intervals import resampled_spectrum
+from dihal.geometry.moments import Moments, correlation, spectrum, spectrum_and_basis
+from dihal.geometry.neighbours import FLOOR, curvature, local_spread
+from dihal.geometry.proxies import (
+    effective_rank,
+    global_stiffness,
+    mean_pairwise_cosine,
+    weighted_median,
+)
+from dihal.geometry.streaming import LayerStatistics, to_rms
+
+__all__ = ["COORDINATES", "LayerNumbers", "Proxies", "Sampling", "assess_layer"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """What was drawn before the pass."""
+
+    pool_document: Int[Tensor, "pool"]
+    """Document of each pool token."""
+    anchor_preference: Int[Tensor, "pool"]
+    """Pool tokens in the order in which they are taken as anchors."""
+    counts: Int[Tensor, "resamples documents"] | None
+    """Document multiplicities of the bootstrap; None: no intervals."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proxies:
+    """One layer in one kind of coordinates. Units: nats, except where said."""
+
+    curvature: float
+    stiffness: float
+    rank: float
+    stiffness_with_sinks: float
+    rank_with_sinks: float
+    largest_eigenvalue: float
+    """e_1, in squared units of the states."""
+    mean_eigenvalue: float
+    """mu = tr(S) / d, in squared units of the states."""
+    anchors: int
+    """Anchors used."""
+    floored: float
+    """Share of anchors whose neighbourhood has no more variance than the floor."""
+    duplicates: float
+    """Share of anchors whose nearest neighbour is a copy (squared distance below the floor)."""
+    resampled: tuple[Float[Tensor, "resamples"], ...] | None
+    """Curvature, stiffness and rank of each resample."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerNumbers:
+    """One layer: counts, rival predictors, proxies by coordinates."""
+
+    kept: int
+    dropped_first: int
+    dropped_norm: int
+    norm_threshold: float
+    pilot_median_norm: float
+    median_norm: float
+    """Median norm of the kept pool tokens."""
+    mean_cosine: float
+    """Mean cosine between two different kept tokens."""
+    log_trace: float
+    """log tr(S) of the kept tokens, raw coordinates."""
+    proxies: dict[str, Proxies]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _View:
+    """A layer in one kind of coordinates."""
+
+    covariance: Tensor
+    with_sinks: Callable[[], Tensor] | None
+    """Covariance of kept and dropped tokens together; None: nothing was dropped."""
+    points: Callable[[], Tensor]
+    """Centred kept pool tokens."""
+
+
+def _together(layer: LayerStatistics, coordinates: str) -> Callable[[], Tensor] | None:
+    if layer.dropped[coordinates].count == 0:
+        return None
+    return lambda: layer.kept[coordinates].merged(layer.dropped[coordinates]).covariance
+
+
+def _centred(points: Tensor, moments: Moments) -> Tensor:
+    return points - moments.mean.to(points.dtype)
+
+
+def _pool(layer: LayerStatistics) -> tuple[Tensor, Tensor]:
+    kept = layer.pool_kept
+    norms = layer.pool_norms[kept]
+    return layer.pool[kept].to(norms.dtype), norms
+
+
+def _raw(layer: LayerStatistics) -> _View:
+    return _View(
+        covariance=layer.kept["raw"].covariance,
+        with_sinks=_together(layer, "raw"),
+        points=lambda: _centred(_pool(layer)[0], layer.kept["raw"]),
+    )
+
+
+def _rms(layer: LayerStatistics) -> _View:
+    return _View(
+        covariance=layer.kept["rms"].covariance,
+        with_sinks=_together(layer, "rms"),
+        points=lambda: _centred(to_rms(*_pool(layer)), layer.kept["rms"]),
+    )
+
+
+def _standardized(layer: LayerStatistics) -> _View:
+    corr, std = correlation(layer.kept["raw"].covariance)
+    both = _together(layer, "raw")
+    return _View(
+        covariance=corr,
+        with_sinks=None if both is None else lambda: correlation(both())[0],
+        points=lambda: _centred(_pool(layer)[0], layer.kept["raw"]) / std.to(layer.pool_norms.dtype),
+    )
+
+
+COORDINATES = {
+    "raw": (_raw, "h as it is"),
+    "rms": (_rms, "each token divided by its root mean square: h sqrt(d) / |h|, what the next block sees up to gains"),
+    "standardized": (_standardized, "each channel centred and divided by its standard deviation over kept tokens"),
+}
+"""Name -> (view of a layer, definition)."""
+
+
+def _proxies(view: _View, split: int, coordinates: str, document: Tensor, anchors: Tensor, counts: Tensor | None, config: ScoreConfig) -> Proxies:
+    if counts is None:
+        values, basis = spectrum(view.covariance), None
+    else:
+        values, basis = spectrum_and_basis(view.covariance)
+    mean_eigenvalue = float(values.mean())
+    if not mean_eigenvalue > 0:
+        raise UsageError(
+            f"the kept states of split {split} do not vary ({coordinates} coordinates), so they have no geometry. "
+            "Score more varied text, or check the backbone's weights."
+        )
+    points = view.points()
+    local = local_spread(points, anchors, config.neighbours)
+    bend = curvature(local.variance, mean_eigenvalue)
+
+    def summary(e: Tensor) -> tuple[Tensor, Tensor]:
+        return global_stiffness(e, rho=config.rho, kind=config.stiffness), effective_rank(e, kind=config.rank)
+
+    stiffness, rank = summary(values)
+    sinks = (stiffness, rank) if view.with_sinks is None else summary(spectrum(view.with_sinks()))
+    resampled = None
+    if counts is not None and basis is not None:
+        spectra = resampled_spectrum(
+            points, document, counts, values, basis, standardized=coordinates == "standardized"
+        )
+        by_anchor = counts.to(bend.device)[:, document[anchors]]
+        resampled = tuple(v.cpu() for v in (weighted_median(bend, by_anchor), *summary(spectra)))
+    return Proxies(
+        curvature=float(weighted_median(bend, torch.ones_like(anchors))),
+        stiffness=float(stiffness),
+        rank=float(rank),
+        stiffness_with_sinks=float(sinks[0]),
+        rank_with_sinks=float(sinks[1]),
+        largest_eigenvalue=float(values[0]),
+        mean_eigenvalue=mean_eigenvalue,
+        anchors=len(anchors),
+        floored=float((local.variance <= FLOOR * mean_eigenvalue).double().mean()),
+        duplicates=float((local.nearest <= FLOOR * mean_eigenvalue).double().mean()),
+        resampled=resampled,
+    )
+
+
+def assess_layer(layer: LayerStatistics, sampling: Sampling, config: ScoreConfig) -> LayerNumbers:
+    """Compute every number of one layer.
+
+    Raises:
+        UsageError: too few kept tokens for the neighbours; states that do not vary.
+    """
+    kept = layer.pool_kept
+    if int(kept.sum()) <= config.neighbours:
+        raise UsageError(
+            f"split {layer.split} keeps {int(kept.sum())} pool tokens, {config.neighbours} neighbours need at least "
+            f"{config.neighbours + 1}. Score more text, lower `neighbours`, or raise `norm_factor`."
+        )
+    place = kept.cumsum(0) - 1
+    preferred = sampling.anchor_preference.to(kept.device)
+    anchors = place[preferred[kept[preferred]][: config.anchors]]
+    document = sampling.pool_document.to(kept.device)[kept]
+    moments = layer.kept["rms"]
+    unit = moments.mean * moments.count / moments.mean.shape[0] ** 0.5
+    return LayerNumbers(
+        kept=layer.kept["raw"].count,
+        dropped_first=layer.dropped_first,
+        dropped_norm=layer.dropped_norm,
+        norm_threshold=layer.threshold,
+        pilot_median_norm=layer.pilot_median,
+        median_norm=float(layer.pool_norms[kept].median()),
+        mean_cosine=mean_pairwise_cosine(float(unit.square().sum()), moments.count),
+        log_trace=float(layer.kept["raw"].covariance.trace().clamp_min(1e-300).log()),
+        proxies={
+            name: _proxies(COORDINATES[name][0](layer), layer.split, name, document, anchors, sampling.counts, config)
+            for name in config.coordinates
+        },
+    )

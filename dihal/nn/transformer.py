@@ -1,0 +1,195 @@
+"""The denoiser: a transformer that reads noised states, their condition and the time."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dihal.config.method import DenoiserConfig
+from dihal.errors import UsageError, unknown_name
+from dihal.nn.block import Block
+from dihal.nn.cache import DenoiserCache
+from dihal.nn.layers import RmsNorm, TimeEmbedding, linear, rms_norm, rotary
+from dihal.nn.masks import MASKS, visibility
+from dihal.types import State, Time
+
+__all__ = ["NORMS", "DenoiserTransformer", "check_denoiser", "time_channels"]
+
+NORMS = ("adaptive", "rms")
+# A function of one number needs few channels; six times `width` of them per block would be a third of all parameters.
+_MOST_TIME_CHANNELS = 128
+
+
+def time_channels(width: int) -> int:
+    """Return the width of the time embedding."""
+    return min(width, _MOST_TIME_CHANNELS)
+
+
+def check_denoiser(config: DenoiserConfig) -> None:
+    """Refuse a shape that cannot be built.
+
+    Raises:
+        UsageError: with what to change.
+    """
+    if config.mask not in MASKS:
+        raise unknown_name("mask", config.mask, MASKS)
+    if config.norm not in NORMS:
+        raise unknown_name("norm", config.norm, NORMS)
+    if min(config.width, config.depth, config.heads) < 1 or config.mlp_ratio <= 0:
+        raise UsageError("width, depth, heads and mlp_ratio of the denoiser must be positive.")
+    if config.width % config.heads:
+        near = [h for h in range(1, config.width + 1) if config.width % h == 0 and (config.width // h) % 2 == 0]
+        best = min(near, key=lambda h: abs(h - config.heads), default=1)
+        raise UsageError(f"{config.heads} heads do not divide the width {config.width}; try heads: {best}.")
+    if (config.width // config.heads) % 2:
+        raise UsageError(
+            f"width {config.width} / {config.heads} heads = {config.width // config.heads} channels per head; "
+            "rotary positions need an even number: change width or heads."
+        )
+    if not 0.0 <= config.dropout < 1.0:
+        raise UsageError(f"dropout is {config.dropout}; it is a probability, in [0, 1).")
+    if not 0.0 <= config.self_conditioning <= 1.0:
+        raise UsageError(f"self_conditioning is {config.self_conditioning}; it is a probability, in [0, 1].")
+
+
+class DenoiserTransformer(nn.Module):
+    """Network output for noised states; what it means (x0, eps, v, flow) is the process's business.
+
+    output = head(norm(trunk(z_t, condition, t))) + skip(condition), head and skip initialised to
+    zero: the output starts at exactly 0, and a linear map from the condition is learned at once.
+
+    States are expected normalised and conditions at about unit variance per channel; the caller
+    sees to both.
+
+    Args:
+        config: shape and mask.
+        state_dim: channels of a state.
+        condition_dim: channels of the condition; None: unconditional.
+
+    Raises:
+        UsageError: a shape that cannot be built.
+    """
+
+    def __init__(self, config: DenoiserConfig, state_dim: int, condition_dim: int | None = None) -> None:
+        super().__init__()
+        check_denoiser(config)
+        self.config = config
+        self.state_dim = state_dim
+        self.condition_dim = condition_dim
+        self.self_conditioned = config.self_conditioning > 0
+        width, time_dim = config.width, time_channels(config.width)
+        self.input = linear(state_dim * (1 + self.self_conditioned) + (condition_dim or 0), width)
+        self.time = TimeEmbedding(time_dim)
+        self.blocks = nn.ModuleList(Block(config, time_dim) for _ in range(config.depth))
+        self.head = linear(width, state_dim, zero=True)
+        if condition_dim is not None:
+            self.null_condition = nn.Parameter(torch.zeros(condition_dim))
+            self.skip = linear(condition_dim, state_dim, bias=False, zero=True)
+        if config.norm == "adaptive":
+            self.final_modulation = linear(time_dim, 2 * width, zero=True)
+        else:
+            self.time_input = linear(time_dim, width)
+            self.final_norm = RmsNorm(width)
+
+    def _condition(
+        self, condition: Tensor | None, drop: Tensor | None, dtype: torch.dtype
+    ) -> tuple[Tensor | None, Tensor | None]:
+        # (what the trunk reads, what the skip reads)
+        if (condition is None) != (self.condition_dim is None):
+            raise UsageError(
+                "this denoiser is conditional: pass condition= (batch, time, condition_dim), and drop_condition= to go without."
+                if condition is None
+                else "this denoiser has no condition (condition_dim is None): leave condition= out."
+            )
+        if condition is None:
+            return None, None
+        condition = condition.to(dtype)
+        if drop is None:
+            return condition, condition
+        drop = drop[:, None, None]
+        return torch.where(drop, self.null_condition, condition), condition.masked_fill(drop, 0)
+
+    def _positions(
+        self, past: int, batch: int, length: int, padding: Tensor | None, device: torch.device
+    ) -> Int[Tensor, "rows length"]:
+        if padding is None:
+            return torch.arange(past, past + length, device=device)[None]
+        if padding.shape != (batch, past + length):
+            raise UsageError(
+                f"attention_mask has shape {tuple(padding.shape)}; it covers cached and new positions: {(batch, past + length)}."
+            )
+        return (padding.long().cumsum(1) - 1).clamp_min(0)[:, past:]
+
+    def forward(
+        self,
+        z_t: State,
+        t: Time,
+        condition: Float[Tensor, "batch time condition_dim"] | None = None,
+        *,
+        position_ids: Int[Tensor, "batch time"] | None = None,
+        attention_mask: Bool[Tensor, "batch total"] | Int[Tensor, "batch total"] | None = None,
+        known: Bool[Tensor, "batch time"] | None = None,
+        self_condition: State | None = None,
+        cache: DenoiserCache | None = None,
+        drop_condition: Bool[Tensor, "batch"] | None = None,
+    ) -> State:
+        """Return the raw network output, in the dtype of ``z_t``.
+
+        Args:
+            z_t: noised normalised states.
+            t: time per sequence or per position.
+            condition: one vector per position.
+            position_ids: rotary positions; default: count of real tokens before, cached ones included.
+            attention_mask: True (or 1) for real tokens, cached and new ones; None: all real.
+            known: for the mask `mixed`: True where the state is given rather than denoised.
+            self_condition: an earlier estimate; None counts as zeros. Only with self_conditioning > 0.
+            cache: keys and values of earlier positions, extended by this call. Only with the mask `causal`.
+                Equals the uncached pass up to rounding (another kernel sums in another order).
+            drop_condition: sequences whose condition is replaced by the learned null vector.
+
+        Raises:
+            UsageError: an input that the configuration lacks or does not have.
+        """
+        if cache is not None and self.config.mask != "causal":
+            raise UsageError(f"a cache needs the mask 'causal'; this denoiser has {self.config.mask!r}.")
+        if self_condition is not None and not self.self_conditioned:
+            raise UsageError("self_condition= was given, but the denoiser was built with self_conditioning: 0.")
+        dtype = self.head.weight.dtype
+        batch, length = z_t.shape[:2]
+        past = 0 if cache is None else cache.length
+        padding = None if attention_mask is None else attention_mask.bool()
+        positions = self._positions(past, batch, length, padding, z_t.device)
+        angles = rotary(
+            positions if position_ids is None else position_ids,
+            self.config.width // self.config.heads,
+            self.config.rope_theta,
+        )
+        mask, is_causal = visibility(self.config.mask, length, past + length, z_t.device, padding=padding, known=known)
+
+        read, skipped = self._condition(condition, drop_condition, dtype)
+        parts = [z_t.to(dtype)]
+        if read is not None:
+            parts.append(read)
+        if self.self_conditioned:
+            parts.append(torch.zeros_like(parts[0]) if self_condition is None else self_condition.to(dtype))
+        # Back to the weights' dtype: under autocast the residual stream stays float32.
+        x = self.input(torch.cat(parts, dim=-1)).to(dtype)
+        time = self.time(t)
+        if self.config.norm == "rms":
+            x = x + self.time_input(F.silu(time))
+        time = F.silu(time)
+        for index, block in enumerate(self.blocks):
+            x, kept = block(x, time, angles, mask, is_causal, None if cache is None else cache.past(index))
+            if cache is not None:
+                cache.store(index, *kept)
+        if self.config.norm == "rms":
+            x = self.final_norm(x)
+        else:
+            shift, scale = self.final_modulation(time).chunk(2, dim=-1)
+            x = rms_norm(x) * (1 + scale) + shift
+        out = self.head(x)
+        if skipped is not None:
+            out = out + self.skip(skipped)
+        return out.to(z_t.dtype)

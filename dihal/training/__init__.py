@@ -1,0 +1,1 @@
+"""Training: one LightningModule, one loop, checkpoints that survive."""

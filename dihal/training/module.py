@@ -1,0 +1,276 @@
+"""The LightningModule: one optimiser step, spelled out.
+
+Optimisation is manual. What has to be exact (which micro-batches make a step, when gradients are
+reduced, clipped and checked, when weights and average move, what is counted) then stands in one
+place, in order, instead of following from hooks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from dihal.backbone import Backbone
+from dihal.config import TrainConfig
+from dihal.data.batch import Batch
+from dihal.errors import UsageError
+from dihal.methods import LossOutput, Method
+from dihal.training.budget import Clock, Plan, Spent
+from dihal.training.ema import Ema
+from dihal.training.optim import build_optimizer, load_optimizer_state, lr_factor
+from dihal.training.signals import StopSignals
+
+__all__ = ["BridgeModule", "Step", "TrainingDiverged"]
+
+_VALIDATION_GRID = 64
+"""Places of the low-discrepancy times in validation; a window's time then depends on its number only."""
+
+
+class TrainingDiverged(UsageError):
+    """Loss or gradient is not finite. Weights, average and optimiser are those of the step before."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """Outcome of an optimiser step, the same on every rank.
+
+    Attributes:
+        loss: mean over the global batch of the quantity that was differentiated.
+        terms: means of the loss terms.
+        grad_norm: before clipping.
+        lr: learning rate of the step.
+        signal: the signal some rank received, 0 for none.
+    """
+
+    loss: float
+    terms: dict[str, float]
+    grad_norm: float
+    lr: float
+    signal: int
+
+
+class BridgeModule(L.LightningModule):
+    """Trains a method beside a frozen backbone.
+
+    ``method`` is the only registered submodule. The backbone is no ``nn.Module`` and stays out of
+    the registry: it is in no checkpoint, no broadcast and no average.
+
+    Args:
+        config: resolved configuration.
+        backbone: frozen, on the device of this rank.
+        method: with its normalisation measured.
+        plan: the budget in steps.
+        spent: counters to go on from.
+        signals: requests to stop.
+        optimizer_state: named state to go on from.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        backbone: Backbone,
+        method: Method,
+        plan: Plan,
+        spent: Spent,
+        signals: StopSignals,
+        optimizer_state: dict[str, Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.config = config
+        self.method = method
+        self.backbone = backbone
+        self.plan = plan
+        self.spent = spent
+        self.signals = signals
+        self.clock = Clock(spent.seconds)
+        self.ema = Ema(method, config.optim.ema) if config.optim.ema > 0 else None
+        self._optimizer_state = optimizer_state
+        self.optimizer: torch.optim.AdamW | None = None
+        self.last: Step | None = None
+        """Set when a micro-batch completed an optimiser step, else None."""
+        self._micro: list[tuple[Tensor, LossOutput]] = []
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW, built (and restored) after the strategy has moved the module to its device."""
+        self.optimizer = build_optimizer(self.method, self.config.optim)
+        if self._optimizer_state is not None:
+            load_optimizer_state(self.method, self.optimizer, self._optimizer_state)
+            self._optimizer_state = None
+        return self.optimizer
+
+    # -- training
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        """One micro-batch; the last one of a step moves the weights."""
+        self.last = None
+        accumulate = self.config.trainer.accumulate
+        number = len(self._micro)
+        # Dropout is the one source of randomness that is not keyed by sample id: keyed by step
+        # instead, so that no generator state has to be saved.
+        torch.manual_seed(_seed(self.config.seed, self.spent.step, number, self.global_rank))
+        final = number == accumulate - 1
+        with contextlib.nullcontext() if final else self._no_reduction():
+            out = self.method.loss(
+                self.backbone,
+                batch,
+                seed=self.config.seed,
+                step=self.spent.step,
+                batch_index=batch.sample_ids - self.spent.samples_seen,
+                global_batch=self.plan.sequences_per_step,
+            )
+            # Training windows hold no padding, so micro-batches and ranks weigh the same.
+            self.manual_backward(out.total / accumulate)
+        self._micro.append((batch.sample_ids, out))
+        if final:
+            self.last = self._finish_step()
+
+    def _no_reduction(self) -> contextlib.AbstractContextManager[Any]:
+        if self.trainer.world_size == 1:
+            return contextlib.nullcontext()
+        return self.trainer.strategy.block_backward_sync()
+
+    def _finish_step(self) -> Step:
+        assert self.optimizer is not None
+        micro, self._micro = self._micro, []
+        gradients = [p.grad for p in self.method.parameters() if p.grad is not None]
+        norm = get_total_norm(gradients)
+        names = list(micro[0][1].terms)
+        loss = torch.stack([out.total.detach() for _, out in micro]).double().mean()
+        terms = [torch.stack([out.terms[name].detach() for _, out in micro]).double().mean() for name in names]
+        tokens = sum(out.tokens for _, out in micro)
+        rank_zero = self.global_rank == 0
+        # Everything ranks must agree on travels in one small all-reduce and reaches the host once.
+        numbers = torch.stack([loss, *terms, norm.double()])
+        flags = torch.tensor(
+            [float(tokens), self.clock.seconds if rank_zero else 0.0], dtype=torch.float64, device=numbers.device
+        )
+        signal = torch.tensor([float(self.signals.received)], dtype=torch.float64, device=numbers.device)
+        total_loss, *total_terms, grad_norm, all_tokens, seconds, received = self._agree(numbers, flags, signal)
+        if not _finite(total_loss, grad_norm):
+            self._diverged(micro, total_loss, grad_norm)
+
+        spent = self.spent
+        share = self.plan.share(spent.tokens + int(all_tokens), seconds)
+        lr = self.config.optim.lr * lr_factor(share, self.config.optim)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        if self.config.optim.clip > 0:
+            clip_grads_with_norm_(self.method.parameters(), self.config.optim.clip, norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.update()
+        spent.step += 1
+        spent.tokens += int(all_tokens)
+        spent.samples_seen += self.plan.sequences_per_step
+        spent.seconds = seconds
+        return Step(
+            loss=total_loss,
+            terms=dict(zip(names, total_terms)),
+            grad_norm=grad_norm,
+            lr=lr,
+            signal=int(received),
+        )
+
+    def _agree(self, means: Tensor, sums: Tensor, highest: Tensor) -> list[float]:
+        """Mean, sum and (in the last place) maximum over ranks, as host numbers."""
+        world = self.trainer.world_size
+        if world > 1:
+            import torch.distributed as dist
+
+            joined = torch.cat([means / world, sums])
+            dist.all_reduce(joined)
+            dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+            return torch.cat([joined, highest]).tolist()
+        return torch.cat([means, sums, highest]).tolist()
+
+    def _diverged(self, micro: list[tuple[Tensor, LossOutput]], loss: float, grad_norm: float) -> None:
+        own = [ids for ids, out in micro if not bool(torch.isfinite(out.total.detach()))]
+        bad = sorted(int(i) for ids in own for i in ids.tolist())
+        if self.trainer.world_size > 1:
+            import torch.distributed as dist
+
+            gathered: list[list[int]] = [[] for _ in range(self.trainer.world_size)]
+            dist.all_gather_object(gathered, bad)
+            bad = sorted(i for part in gathered for i in part)
+        self.optimizer.zero_grad(set_to_none=True)
+        first = self.spent.samples_seen
+        named = bad or list(range(first, first + self.plan.sequences_per_step))
+        shown = ", ".join(map(str, named[:16])) + (", ..." if len(named) > 16 else "")
+        raise TrainingDiverged(
+            f"step {self.spent.step + 1} is not finite: loss {loss}, gradient norm {grad_norm}, samples {shown}. "
+            "The step was not taken and no checkpoint was touched. Lower optim.lr, raise optim.warmup or set "
+            "optim.clip, then train again or go on with resume=true."
+        )
+
+    # -- validation
+
+    @torch.no_grad()
+    def validate(self, batches: Iterable[Batch], limit: int) -> dict[str, float]:
+        """Loss terms on held-out windows, with the last and with the averaged weights (``ema_`` in front).
+
+        Every term is a mean over real tokens, over all ranks' batches. Times and noise are keyed by
+        window and by the run's seed, so that two validations differ by their weights only.
+
+        Args:
+            batches: this rank's batches; the first ``limit`` are used.
+        """
+        training = self.method.training
+        self.method.eval()
+        sums: dict[str, Tensor] = {}
+        count = torch.zeros((), dtype=torch.float64, device=self.device)
+        for number, batch in enumerate(batches):
+            if number >= limit:
+                break
+            batch = batch.to(self.device)
+            for prefix, weights in self._weights():
+                with weights:
+                    out = self.validation_step(batch, number)
+                for name, value in {"loss": out.total, **out.terms}.items():
+                    zero = torch.zeros((), dtype=torch.float64, device=self.device)
+                    sums[prefix + name] = sums.get(prefix + name, zero) + value.double() * out.tokens
+            count += out.tokens
+        self.method.train(training)
+        packed = torch.stack([*sums.values(), count])
+        if self.trainer.world_size > 1:
+            torch.distributed.all_reduce(packed)
+        *totals, tokens = packed.tolist()
+        return {name: total / tokens for name, total in zip(sums, totals)} | {"validation_tokens": int(tokens)}
+
+    def _weights(self) -> list[tuple[str, contextlib.AbstractContextManager[None]]]:
+        own: list[tuple[str, contextlib.AbstractContextManager[None]]] = [("", contextlib.nullcontext())]
+        return own if self.ema is None else [*own, ("ema_", self.ema.swapped())]
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> LossOutput:
+        """Loss of one batch with the weights as they are."""
+        with self.trainer.precision_plugin.val_step_context():
+            return self.method.loss(
+                self.backbone,
+                batch,
+                seed=self.config.seed,
+                step=0,
+                batch_index=batch.sample_ids % _VALIDATION_GRID,
+                global_batch=_VALIDATION_GRID,
+            )
+
+
+def _finite(*numbers: float) -> bool:
+    return all(number == number and abs(number) != float("inf") for number in numbers)
+
+
+def _seed(seed: int, step: int, micro: int, rank: int) -> int:
+    # Any fixed mixing does: distinct (step, micro, rank) must not share a generator's start.
+    mixed = seed & 0xFFFFFFFF
+    for part in (step, micro, rank):
+        mixed = (mixed * 6364136223846793005 + 2 * part + 1442695040888963407) & 0xFFFFFFFFFFFFFFFF
+        mixed ^= mixed >> 29
+    return mixed & 0x7FFFFFFFFFFFFFFF

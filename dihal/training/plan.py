@@ -1,0 +1,146 @@
+"""What a run would cost, before it runs: parameters, steps, FLOPs, memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from dihal.backbone import Backbone
+from dihal.config import TrainConfig
+from dihal.config.convert import to_dict
+from dihal.methods import Method
+from dihal.nn import count_parameters
+from dihal.nn import flops_per_token as denoiser_flops
+from dihal.nn.layers import mlp_width
+from dihal.training.budget import Plan
+
+__all__ = ["Memory", "estimate_memory", "flops_per_token", "parameters", "print_plan"]
+
+_GIB = 1 << 30
+
+
+def parameters(backbone: Backbone, method: Method) -> dict[str, int]:
+    """Trainable and frozen parameters; the frozen ones are the backbone's."""
+    return {
+        "trainable_parameters": count_parameters(method),
+        "frozen_parameters": backbone.parameter_count(),
+    }
+
+
+def _reads_suffix(config: TrainConfig) -> bool:
+    return config.method.objective.cross_entropy > 0 or config.method.objective.kl > 0
+
+
+def flops_per_token(config: TrainConfig, backbone: Backbone) -> dict[str, float]:
+    """Forward and backward FLOPs of one denoised position in training, by part.
+
+    Matrix products only. A backward pass costs twice its forward pass; through the frozen suffix it
+    costs once, because no weight gradients are made. Self-conditioning adds a pass of the denoiser,
+    KL a pass of the suffix by the teacher.
+    """
+    length, split = config.data.sequence_length, config.method.split
+    assert split is not None
+    context = (length + 1) / 2
+    dim = backbone.hidden_size
+    forward = denoiser_flops(config.method.denoiser, dim, dim, length)
+    guess = forward if config.method.denoiser.self_conditioning > 0 else 0.0
+    parts = {
+        "prefix": backbone.flops_per_token(0, split, context),
+        "denoiser": 3 * forward + guess,
+        "suffix": 0.0,
+    }
+    if _reads_suffix(config):
+        suffix = backbone.flops_per_token(split, backbone.num_blocks, context) + backbone.head_flops_per_token()
+        passes = 2 + (1 if config.method.objective.kl > 0 else 0)
+        parts["suffix"] = passes * suffix
+    return parts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes of one process while it trains."""
+
+    backbone: int
+    weights: int
+    gradients: int
+    optimizer: int
+    average: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """Sum of all parts."""
+        return sum(vars(self).values())
+
+
+def estimate_memory(config: TrainConfig, backbone: Backbone, method: Method) -> Memory:
+    """Estimate the peak memory of a training step, per process.
+
+    Weights, gradients, AdamW's two moments and the average are counted exactly (fp32). Activations
+    of a micro-batch are what the backward pass keeps: per position and block of the denoiser 17
+    vectors of its width and 4 of its MLP's (measured on the blocks of ``dihal.nn``), about 16
+    vectors of the state's size around it, and where the suffix is read 12 vectors of the hidden
+    size and 3 of the MLP's per frozen block, and one chunk of fp32 logits five times over.
+    """
+    trainable = count_parameters(method)
+    denoiser, objective = config.method.denoiser, config.method.objective
+    positions = config.data.batch_size * config.data.sequence_length
+    dim = backbone.hidden_size
+    compute = 2 if config.trainer.precision == "bf16-mixed" else 4
+    # Norms and residual streams stay fp32 under autocast: about half of what is kept.
+    mixed = (compute + 4) / 2
+    per_position = denoiser.depth * (17 * denoiser.width + 4 * mlp_width(denoiser.width, denoiser.mlp_ratio)) * mixed
+    per_position += 16 * dim * 4
+    activations = positions * per_position
+    if _reads_suffix(config):
+        held = 2 if config.backbone.dtype == "bfloat16" else 4
+        split = config.method.split or 0
+        blocks = backbone.num_blocks - split
+        weights = backbone.parameter_count(split, embedding=False, head=False) / max(1, blocks)
+        mlp = max(dim, (weights - 4 * dim * dim) / (3 * dim))
+        activations += positions * blocks * (12 * dim + 3 * mlp) * held
+        activations += 5 * min(objective.logit_chunk, positions) * backbone.vocab_size * 4
+    return Memory(
+        backbone=backbone.weight_bytes,
+        weights=4 * trainable,
+        gradients=4 * trainable,
+        optimizer=8 * trainable,
+        average=4 * trainable if config.optim.ema > 0 else 0,
+        activations=int(activations),
+    )
+
+
+def print_plan(
+    config: TrainConfig, plan: Plan, backbone: Backbone, method: Method, *, console: Console | None = None
+) -> None:
+    """Print the resolved configuration, parameters, budget and memory estimate."""
+    console = console or Console()
+    console.print(yaml.safe_dump(to_dict(config), sort_keys=False), highlight=False, markup=False, soft_wrap=True)
+    counts = parameters(backbone, method)
+    flops = flops_per_token(config, backbone)
+    memory = estimate_memory(config, backbone, method)
+    table = Table(title="plan", show_header=False, title_justify="left")
+    table.add_column("quantity")
+    table.add_column("value", justify="right")
+    table.add_row("backbone", f"{backbone.reference.id} ({backbone.num_blocks} blocks, d = {backbone.hidden_size})")
+    table.add_row("split", f"{config.method.split}")
+    table.add_row("trainable parameters", f"{counts['trainable_parameters']:,}")
+    table.add_row("frozen parameters", f"{counts['frozen_parameters']:,}")
+    table.add_section()
+    table.add_row("budget", config.budget.name)
+    table.add_row("optimiser steps", f"{plan.steps:,}")
+    table.add_row("sequences per step", f"{plan.sequences_per_step:,}")
+    table.add_row("tokens per step", f"{plan.tokens_per_step:,}")
+    table.add_row("tokens", f"{plan.tokens:,} of {config.budget.tokens:,}")
+    table.add_row("seconds", "no limit" if plan.seconds is None else f"at most {plan.seconds:,.0f}")
+    for name, value in flops.items():
+        table.add_row(f"FLOPs, {name}", f"{value * plan.tokens:.3g}")
+    table.add_row("FLOPs, forward + backward", f"{sum(flops.values()) * plan.tokens:.3g}")
+    table.add_section()
+    for name, size in vars(memory).items():
+        table.add_row(f"memory, {name}", f"{size / _GIB:.3f} GiB")
+    table.add_row("memory per process, estimate", f"{memory.total / _GIB:.3f} GiB")
+    console.print(table)

@@ -1,0 +1,78 @@
+"""Whether a run may go on from a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from dihal.checkpoint import Checkpoint
+from dihal.config import TrainConfig
+from dihal.config.convert import to_dict
+from dihal.errors import UsageError
+from dihal.training.budget import Plan
+
+__all__ = ["check_resume", "resume_notes"]
+
+# Another value would make the saved weights, or the order of samples and noise, mean something else.
+_FIXED = ("method.", "seed", "data.seed", "data.sequence_length", "backbone.dtype", "trainer.precision")
+# Changing these changes nothing about the result, or is checked by fingerprint.
+_FREE = ("out", "resume", "dry_run", "log.", "data.", "backbone.", "trainer.")
+
+_IDENTITIES = ("backbone_fingerprint", "tokenizer_fingerprint", "data_fingerprint")
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _flat(item, f"{name}.{key}" if name else key)
+    else:
+        yield name, value
+
+
+def _changes(config: TrainConfig, checkpoint: Checkpoint) -> dict[str, tuple[Any, Any]]:
+    before, now = dict(_flat(to_dict(checkpoint.config))), dict(_flat(to_dict(config)))
+    return {name: (before.get(name), value) for name, value in now.items() if before.get(name) != value}
+
+
+def _among(name: str, prefixes: tuple[str, ...]) -> bool:
+    return any(name == prefix or (prefix.endswith(".") and name.startswith(prefix)) for prefix in prefixes)
+
+
+def check_resume(config: TrainConfig, plan: Plan, checkpoint: Checkpoint, manifest: dict[str, Any]) -> None:
+    """Refuse to go on where the rest of the run would not be the same run.
+
+    Raises:
+        UsageError: naming every option that differs, or the text or backbone that does.
+    """
+    differing = [
+        f"{name} was {before!r}, is {now!r}"
+        for name, (before, now) in _changes(config, checkpoint).items()
+        if _among(name, _FIXED)
+    ]
+    before = checkpoint.state["global_batch"]
+    if before != plan.sequences_per_step:
+        differing.append(f"sequences per optimiser step were {before}, are {plan.sequences_per_step}")
+    if differing:
+        raise UsageError(
+            f"cannot go on from {str(checkpoint.path)!r}: {'; '.join(differing)}. "
+            "Resume with the options of the run (config.yaml in its folder), or train into another folder."
+        )
+    for name in _IDENTITIES:
+        if checkpoint.manifest[name] != manifest[name]:
+            raise UsageError(
+                f"cannot go on from {str(checkpoint.path)!r}: {name} was {checkpoint.manifest[name]!r}, "
+                f"is {manifest[name]!r}. Resume with the backbone and the text of the run."
+            )
+
+
+def resume_notes(config: TrainConfig, checkpoint: Checkpoint) -> list[str]:
+    """What a person should know about how the rest of the run differs from its beginning."""
+    changed = [
+        f"{name} {before!r} -> {now!r}"
+        for name, (before, now) in _changes(config, checkpoint).items()
+        if not _among(name, _FREE) and not _among(name, _FIXED)
+    ]
+    notes = [f"going on from {checkpoint.path.name}"]
+    if changed:
+        notes.append(f"changed since: {', '.join(changed)}")
+    return notes

@@ -1,0 +1,185 @@
+"""A training run from configuration to checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from dihal.backbone import Backbone, backbone_from_config
+from dihal.checkpoint import Checkpoint, load_checkpoint
+from dihal.config import TrainConfig
+from dihal.config.convert import config_hash, to_dict
+from dihal.data.batch import Batch
+from dihal.data.module import TextDataModule
+from dihal.errors import UsageError
+from dihal.io import ensure_dir, write_json, write_text
+from dihal.methods import Method, build_method
+from dihal.provenance import provenance
+from dihal.training.budget import Plan, Spent, plan_steps
+from dihal.training.callbacks import RunCallback
+from dihal.training.logs import Record, build_mirrors, write_csv
+from dihal.training.module import BridgeModule
+from dihal.training.plan import flops_per_token, parameters, print_plan
+from dihal.training.progress import TrainingProgress
+from dihal.training.resume import check_resume, resume_notes
+from dihal.training.setup import build_trainer, check_run_folder, resolve
+from dihal.training.signals import StopSignals, exit_code
+
+__all__ = ["train"]
+
+_NORMALISATION_BATCH = 4_096
+"""Tokens per pass of the normalisation: fixed, so that it does not depend on the training batch."""
+
+
+def train(config: TrainConfig) -> Path:
+    """Train a method; return the run folder.
+
+    The folder receives ``config.yaml`` and ``config.json`` (resolved), ``metrics.jsonl`` and
+    ``metrics.csv``, and ``checkpoints/``. With ``config.dry_run`` the plan is printed instead and
+    nothing is written.
+
+    Raises:
+        UsageError: options, data, backbone or file system; before training starts wherever possible.
+        TrainingDiverged: loss or gradient is not finite.
+        SystemExit: stopped by a signal after saving; 143 for SIGTERM and SIGUSR1, 130 for SIGINT.
+    """
+    config = resolve(config)
+    plan = plan_steps(
+        config.budget,
+        sequence_length=config.data.sequence_length,
+        batch_size=config.data.batch_size,
+        accumulate=config.trainer.accumulate,
+        world_size=int(config.trainer.devices) * config.trainer.nodes,
+    )
+    if config.dry_run:
+        device = "cuda" if config.trainer.accelerator == "gpu" else "cpu"
+        backbone = backbone_from_config(replace(config.backbone, device=device))
+        print_plan(config, plan, backbone, _build(config, backbone))
+        return Path(config.out)
+    check_run_folder(config)
+    folder = ensure_dir(config.out)
+    signals = StopSignals()
+    # The trainer comes first: it knows this process's rank and device.
+    trainer = build_trainer(config, [])
+    first = trainer.is_global_zero
+    checkpoint = load_checkpoint(folder) if config.resume else None
+    backbone = backbone_from_config(replace(config.backbone, device=str(trainer.strategy.root_device)))
+    _check_length(config, backbone)
+    data = TextDataModule(
+        config.data,
+        tokenizer=backbone.tokenizer,
+        tokenizer_fingerprint=backbone.tokenizer_fingerprint,
+        start_token_id=backbone.start_token_id,
+        end_token_id=backbone.end_token_id,
+        progress=first and config.log.progress,
+    )
+    data.setup()
+    manifest = _manifest(backbone, data)
+    progress = TrainingProgress(first and config.log.progress, plan.steps)
+    spent = Spent()
+    if checkpoint is not None:
+        check_resume(config, plan, checkpoint, manifest)
+        spent = Spent(**{name: checkpoint.state[name] for name in ("step", "tokens", "samples_seen", "seconds")})
+        for note in resume_notes(config, checkpoint) if first else ():
+            progress.note(note)
+        if plan.is_spent(spent.tokens, spent.seconds):
+            if first:
+                progress.note(f"the budget of {str(folder)!r} is spent; raise budget.tokens to go on.")
+            return folder
+    data.samples_seen = spent.samples_seen
+
+    method = _build(config, backbone)
+    if checkpoint is None:
+        method.fit_normalisation(backbone, _normalisation_batches(data, config.method.normalisation_tokens))
+    else:
+        method.load_state_dict(checkpoint.tensors("model"))
+    module = BridgeModule(
+        config,
+        backbone=backbone,
+        method=method,
+        plan=plan,
+        spent=spent,
+        signals=signals,
+        optimizer_state=None if checkpoint is None else checkpoint.tensors("optimizer"),
+    )
+    if checkpoint is not None and module.ema is not None and "ema" in checkpoint.names:
+        module.ema.load_state_dict(checkpoint.tensors("ema"), updates=checkpoint.state["ema_updates"])
+    if config.trainer.compile:
+        for block in (*method.denoiser.blocks, *backbone.blocks):
+            block.compile()
+
+    if first:
+        _write_config(folder, config)
+    callback = RunCallback(
+        folder,
+        manifest=manifest,
+        record=Record(folder / "metrics.jsonl", resumed_step=spent.step) if first else None,
+        mirrors=build_mirrors(config.log, folder, to_dict(config), step=spent.step) if first else [],
+        progress=progress,
+        quantities={**parameters(backbone, method), "flops_per_token": flops_per_token(config, backbone)},
+    )
+    trainer.callbacks.append(callback)
+    try:
+        trainer.fit(module, datamodule=data)
+    finally:
+        signals.restore()
+        callback.close()
+        if first:
+            with suppress(UsageError):  # the table can be made again from the record
+                write_csv(folder / "metrics.jsonl", folder / "metrics.csv")
+    if callback.signal:
+        raise SystemExit(exit_code(callback.signal))
+    return folder
+
+
+def _build(config: TrainConfig, backbone: Backbone) -> Method:
+    """The method with weights drawn from the run's seed, on the backbone's device."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        method = build_method(config.method, backbone)
+        method.attach(backbone)
+    # A parameter that no loss term reaches gets no gradient: DDP would wait for it.
+    if config.method.objective.condition_dropout == 0:
+        method.denoiser.null_condition.requires_grad_(False)
+    return method.to(backbone.device)
+
+
+def _check_length(config: TrainConfig, backbone: Backbone) -> None:
+    longest = backbone.max_positions
+    if longest is not None and config.data.sequence_length > longest:
+        raise UsageError(
+            f"data.sequence_length is {config.data.sequence_length}; this backbone has {longest} positions. Lower it."
+        )
+
+
+def _normalisation_batches(data: TextDataModule, tokens: int) -> Iterator[Batch]:
+    """The first training windows, at least ``tokens`` tokens of them or one epoch."""
+    length = data.config.sequence_length
+    wanted = min(max(1, -(-tokens // length)), data.stream.windows)
+    size = max(1, _NORMALISATION_BATCH // length)
+    for start in range(0, wanted, size):
+        yield data.stream.batch(np.arange(start, min(start + size, wanted), dtype=np.int64))
+
+
+def _manifest(backbone: Backbone, data: TextDataModule) -> dict[str, Any]:
+    return {
+        "backbone": asdict(backbone.reference),
+        "backbone_fingerprint": backbone.fingerprint(),
+        "tokenizer_fingerprint": backbone.tokenizer_fingerprint,
+        "data_fingerprint": data.fingerprint(),
+        "data_statistics": data.statistics(),
+        "provenance": provenance(),
+    }
+
+
+def _write_config(folder: Path, config: TrainConfig) -> None:
+    plain = to_dict(config)
+    write_text(folder / "config.yaml", yaml.safe_dump(plain, sort_keys=False))
+    write_json(folder / "config.json", {"hash": config_hash(config), "config": plain})

@@ -1,0 +1,277 @@
+"""Whole runs of a tiny bridge: exact budgets, exact resume, stops, refusals."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dihal.checkpoint import list_checkpoints, load_checkpoint
+from dihal.config import BudgetConfig
+from dihal.errors import UsageError
+from dihal.training.logs import read_records
+from dihal.training.module import BridgeModule, TrainingDiverged
+from dihal.training.run import train
+from tests.unit.training.conftest import BATCH, LENGTH, Make, resumed
+
+STABLE = ("step", "tokens", "samples_seen", "loss", "state", "explained", "grad_norm", "lr")
+
+
+def stream(folder: Path | str) -> list[tuple]:
+    records = [r for r in read_records(Path(folder) / "metrics.jsonl") if r["kind"] == "train"]
+    return [tuple(record.get(name) for name in STABLE) for record in records]
+
+
+def same_tensors(left: Path | str, right: Path | str) -> bool:
+    one, two = load_checkpoint(left), load_checkpoint(right)
+    assert one.names == two.names
+    for name in one.names:
+        a, b = one.tensors(name), two.tensors(name)
+        if a.keys() != b.keys() or not all(torch.equal(a[key], b[key]) for key in a):
+            return False
+    return True
+
+
+def test_a_run_leaves_what_it_promises(make: Make) -> None:
+    config = make(steps=6)
+    folder = train(config)
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "checkpoints", "config.json", "config.yaml", "metrics.csv", "metrics.jsonl",
+    ]  # fmt: skip
+    checkpoint = load_checkpoint(folder)
+    assert checkpoint.state["step"] == 6
+    assert checkpoint.state["tokens"] == 6 * BATCH * LENGTH == config.budget.tokens
+    assert checkpoint.state["samples_seen"] == 6 * BATCH
+    assert checkpoint.state["budget"]["spent"] is True
+    assert checkpoint.state["seconds"] > 0
+    assert checkpoint.names == ("ema", "model", "optimizer")
+    assert not [key for key in checkpoint.tensors("model") if "backbone" in key]
+    assert set(checkpoint.tensors("ema")) <= set(checkpoint.tensors("model"))
+    assert checkpoint.config.trainer.precision == "32-true"
+    assert checkpoint.manifest["backbone"]["num_blocks"] == 3
+    assert len(checkpoint.manifest["backbone_fingerprint"]) == 64
+    assert set(checkpoint.manifest["data_fingerprint"]) == {"train", "validation"}
+    records = read_records(folder / "metrics.jsonl")
+    assert [r["step"] for r in records if r["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
+    (validation,) = [r for r in records if r["kind"] == "validation"]
+    assert validation["step"] == 6
+    assert validation["ema_loss"] != validation["loss"]
+    with open(folder / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["loss"] for row in rows] == [str(r["loss"]) for r in records]
+    assert json.loads((folder / "config.json").read_text())["config"]["method"]["split"] == 1
+
+
+def test_it_learns(make: Make) -> None:
+    folder = train(make(steps=60, **{"optim.lr": 1e-2, "optim.ema": 0.8}))
+    losses = [record["loss"] for record in read_records(folder / "metrics.jsonl") if record["kind"] == "train"]
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+@pytest.mark.parametrize(("extra", "steps"), [(0, 3), (1, 3), (BATCH * LENGTH - 1, 3), (BATCH * LENGTH, 4)])
+def test_the_budget_is_never_exceeded(make: Make, extra: int, steps: int) -> None:
+    config = make(steps=3)
+    folder = train(replace(config, budget=BudgetConfig(tokens=config.budget.tokens + extra)))
+    assert load_checkpoint(folder).state["tokens"] == steps * BATCH * LENGTH
+
+
+def test_seconds_end_a_run(make: Make) -> None:
+    folder = train(make(steps=1_000_000, **{"budget.seconds": 0.5}))
+    state = load_checkpoint(folder).state
+    assert 0.5 <= state["seconds"] < 5
+    assert stream(folder)[-1][0] == state["step"]
+
+
+def test_accumulation_equals_the_larger_batch(make: Make, tmp_path: Path) -> None:
+    """Same samples, times and noise: the same steps up to the order of sums."""
+    whole = train(make(steps=4, out=tmp_path / "whole"))
+    parts = train(make(steps=4, out=tmp_path / "parts", **{"data.batch_size": 1, "trainer.accumulate": 4}))
+    for left, right in zip(stream(whole), stream(parts), strict=True):
+        assert left[:3] == right[:3]
+        assert left[3] == pytest.approx(right[3], rel=1e-5)
+        assert left[6] == pytest.approx(right[6], rel=1e-4)
+
+
+@pytest.mark.parametrize("changes", [{}, {"method.denoiser.dropout": 0.1, "trainer.accumulate": 2}])
+def test_resume_is_bit_identical(make: Make, tmp_path: Path, changes: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    accumulate = changes.get("trainer.accumulate", 1)
+    whole = make(steps=8 * accumulate, out=tmp_path / "whole", **changes, **{"trainer.save_every": 3, "trainer.keep": 9})
+    train(whole)
+    assert [p.name for p in list_checkpoints(whole.out)] == ["step-00000003", "step-00000006", "step-00000008"]
+
+    # Cut at step 5: two steps after the last checkpoint, as kill -9 would.
+    cut = replace(whole, out=str(tmp_path / "cut"))
+    finish = BridgeModule._finish_step
+
+    def dies(self: BridgeModule) -> object:
+        if self.spent.step == 5:
+            raise RuntimeError("killed")
+        return finish(self)
+
+    monkeypatch.setattr(BridgeModule, "_finish_step", dies)
+    with pytest.raises(RuntimeError, match="killed"):
+        train(cut)
+    monkeypatch.undo()
+    assert [r[0] for r in stream(cut.out)] == [1, 2, 3, 4, 5]
+    assert load_checkpoint(cut.out).state["step"] == 3
+    torch.manual_seed(123)  # whatever the new process drew before
+    train(resumed(cut))
+    assert stream(cut.out) == stream(whole.out)
+    assert same_tensors(cut.out, whole.out)
+
+
+def test_a_spent_run_resumes_to_nothing(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    config = make(steps=2)
+    train(config)
+    before = load_checkpoint(config.out).path
+    assert train(resumed(config)) == Path(config.out)
+    assert load_checkpoint(config.out).path == before
+    assert "raise budget.tokens" in capsys.readouterr().err
+
+
+def test_a_larger_budget_goes_on(make: Make) -> None:
+    config = make(steps=2)
+    train(config)
+    train(resumed(make(steps=4)))
+    assert [r[0] for r in stream(config.out)] == [1, 2, 3, 4]
+
+
+def test_a_fresh_run_refuses_a_used_folder_and_resume_an_empty_one(make: Make, tmp_path: Path) -> None:
+    config = make(steps=1)
+    train(config)
+    with pytest.raises(UsageError, match="resume=true"):
+        train(config)
+    with pytest.raises(UsageError, match="does not exist"):
+        train(resumed(make(out=tmp_path / "nowhere")))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"seed": 1}, "seed was 0, is 1"),
+        ({"method.split": 2}, "method.split was 1, is 2"),
+        ({"method.denoiser.width": 32}, "method.denoiser.width"),
+        ({"data.batch_size": 2}, "sequences per optimiser step were 4, are 2"),
+        ({"data.validation_fraction": 0.5}, "data_fingerprint"),
+    ],
+)
+def test_resume_refuses_another_run(make: Make, changes: dict, named: str) -> None:
+    train(make(steps=1))
+    with pytest.raises(UsageError, match=named):
+        train(resumed(make(steps=2, **changes)))
+
+
+def test_resume_refuses_an_edited_backbone(make: Make, model_folder: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    train(make(steps=1))
+    other = tmp_path / "edited"
+    other.mkdir()
+    for file in model_folder.iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    weights = load_file(other / "model.safetensors")
+    name = next(key for key in weights if "layers.2" in key)
+    weights[name].view(-1)[0] += 1e-3
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UsageError, match="backbone_fingerprint"):
+        train(resumed(make(steps=2, **{"backbone.id": str(other)})))
+
+
+def test_a_damaged_newest_checkpoint_costs_one_interval(make: Make, tmp_path: Path) -> None:
+    whole = make(steps=4, out=tmp_path / "whole", **{"trainer.save_every": 2})
+    train(whole)
+    newest = list_checkpoints(whole.out)[-1]
+    (newest / "optimizer.safetensors").write_bytes(b"")
+    reference = stream(whole.out)
+    with pytest.warns(UserWarning, match="Falling back to step-00000002"):
+        train(resumed(whole))
+    assert stream(whole.out) == reference
+    assert load_checkpoint(whole.out).state["step"] == 4
+
+
+def test_keep(make: Make) -> None:
+    config = make(steps=5, **{"trainer.save_every": 1, "trainer.keep": 2})
+    train(config)
+    assert [p.name for p in list_checkpoints(config.out)] == ["step-00000004", "step-00000005"]
+
+
+def test_non_finite_loss_stops_before_the_weights_move(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dihal.methods import Method
+
+    config = make(steps=6, **{"trainer.save_every": 1})
+    loss = Method.loss
+
+    def poisoned(self: Method, backbone: object, batch: object, *, step: int, **rest: object) -> object:
+        out = loss(self, backbone, batch, step=step, **rest)
+        return replace(out, total=out.total * float("nan")) if step == 3 else out
+
+    monkeypatch.setattr(Method, "loss", poisoned)
+    with pytest.raises(TrainingDiverged, match=r"step 4 .*samples 12, 13, 14, 15.*resume=true"):
+        train(config)
+    monkeypatch.undo()
+    assert load_checkpoint(config.out).state["step"] == 3
+    train(resumed(config))
+    assert load_checkpoint(config.out).state["step"] == 6
+
+
+def test_a_full_disk_while_training(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+
+    config = make(steps=4, **{"trainer.save_every": 1})
+    usage = shutil.disk_usage
+    calls = 0
+
+    def shrinking(path: object) -> object:
+        nonlocal calls
+        calls += 1
+        return usage(path) if calls < 3 else usage(path)._replace(free=10)
+
+    monkeypatch.setattr(shutil, "disk_usage", shrinking)
+    with pytest.raises(UsageError, match=r"step 3 .*MiB free.*step-00000002 is intact"):
+        train(config)
+    monkeypatch.undo()
+    assert load_checkpoint(config.out).state["step"] == 2
+
+
+def test_validation_interval(make: Make) -> None:
+    config = make(steps=5, **{"trainer.validate_every": 2})
+    folder = train(config)
+    assert [r["step"] for r in read_records(folder / "metrics.jsonl") if r["kind"] == "validation"] == [2, 4, 5]
+
+
+def test_without_average(make: Make) -> None:
+    folder = train(make(steps=2, **{"optim.ema": 0.0}))
+    assert load_checkpoint(folder).names == ("model", "optimizer")
+    (validation,) = [r for r in read_records(folder / "metrics.jsonl") if r["kind"] == "validation"]
+    assert "ema_loss" not in validation
+
+
+def test_suffix_terms_and_bf16_mixed(make: Make) -> None:
+    config = make(
+        steps=2,
+        **{
+            "method.objective.kl": 1.0,
+            "method.objective.cross_entropy": 0.5,
+            "trainer.precision": "bf16-mixed",
+            "backbone.dtype": "bfloat16",
+        },
+    )
+    folder = train(config)
+    record = read_records(folder / "metrics.jsonl")[0]
+    assert {"state", "kl", "cross_entropy"} <= set(record)
+    assert all(t.dtype == torch.float32 for k, t in load_checkpoint(folder).tensors("ema").items())
+
+
+def test_adapters_train_and_resume(make: Make) -> None:
+    changes = {"method.lora.rank": 2, "method.objective.kl": 1.0}
+    config = make(steps=2, **changes)
+    train(config)
+    before = load_checkpoint(config.out).tensors("model")
+    assert [key for key in before if key.startswith("lora")]
+    train(resumed(make(steps=4, **changes)))
+    after = load_checkpoint(config.out).tensors("model")
+    assert any(not torch.equal(before[key], after[key]) for key in before if key.startswith("lora"))
