@@ -11,6 +11,6 @@ if os.environ.get("DIHAL_NO_JAXTYPING") != "1":
 
     install_import_hook("dihal", "beartype.beartype")
 
-torch.set_num_threads(int(os.environ.get("DIHAL_TEST_THREADS", "2")))
+torch.set_num_threads(int(os.environ.get("DIHAL_TEST_THREADS", "1")))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

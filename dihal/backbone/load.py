@@ -91,7 +91,9 @@ def load_backbone(
     if isinstance(source, nn.Module):
         if revision is not None:
             raise UsageError("a live model has no revision; leave it out.")
-        loaded = Loaded(source, tokenizer, getattr(source.config, "_name_or_path", "") or "live", None)
+        loaded = Loaded(
+            source, tokenizer, getattr(getattr(source, "config", None), "_name_or_path", "") or "live", None
+        )
     else:
         loaded = load_files(
             str(source),

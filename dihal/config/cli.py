@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import yaml
 
 from dihal.config.convert import config_hash, from_dict, to_dict
-from dihal.config.layers import Entry, Field, Layers
+from dihal.config.layers import Entry, Field, Layers, fields_of
 from dihal.errors import UsageError
 
 __all__ = ["config_hash", "dump", "from_dict", "parse", "to_dict"]
@@ -111,9 +111,14 @@ def _help(config_class: type, prog: str, description: str | None) -> str:
         config_class,
         prog=prog,
         usage=f"{prog} [--config FILE.yaml ...] [--GROUP FILE.yaml] [--key VALUE | key=VALUE ...]",
-        description=f"{text} Later values win; keys win over files.",
+        description=f"{text} Later ones win, and keys win over --config files.",
     )
     parser.add_argument("--config", metavar="FILE.yaml", help="YAML with some of the keys below; repeatable")
     parser.add_argument("--print_config", action="store_true", help="Print the resolved configuration as YAML and exit")
-    parser.add_class_arguments(config_class, as_group=False, sub_configs=True)
+    fields = fields_of(config_class)
+    # An optional group is one value to jsonargparse; its keys are shown like those of any other group.
+    hidden = {key for key, field in fields.items() if field.is_group and field.optional and "." not in key}
+    parser.add_class_arguments(config_class, as_group=False, sub_configs=True, skip=hidden)
+    for key in sorted(hidden):
+        parser.add_class_arguments(fields[key].type, key, sub_configs=True, help=f"{key} (none of its keys: null)")
     return parser.format_help().rstrip()

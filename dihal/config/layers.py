@@ -111,11 +111,7 @@ class Layers:
         Raises:
             UsageError: no such file, not YAML, an unknown key, or a group that is neither mapping nor file.
         """
-        self._add_file(Path(path).expanduser(), where, group, ())
-
-    def _add_file(self, path: Path, where: str, group: str, parents: tuple[Path, ...]) -> None:
-        if path.resolve() in parents:
-            raise UsageError(f"the configuration file {str(path)!r} includes itself ({where}).")
+        path = Path(path).expanduser()
         if not path.is_file():
             kind = "a folder, not a configuration file" if path.is_dir() else "no such configuration file"
             near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1)
@@ -132,7 +128,7 @@ class Layers:
             return
         if not isinstance(node, yaml.MappingNode):
             raise UsageError(f"{str(path)!r} must hold `key: value` lines, not {_kind(node)}.")
-        self._add_mapping(loader, node, f"{group}." if group else "", path, group or None, (*parents, path.resolve()))
+        self._add_mapping(loader, node, f"{group}." if group else "", path, group or None)
 
     def _clear(self, group: str) -> None:
         def from_file(entry: Entry) -> bool:
@@ -140,9 +136,7 @@ class Layers:
 
         self.entries = {key: entry for key, entry in self.entries.items() if not from_file(entry)}
 
-    def _add_mapping(
-        self, loader: Any, node: Any, prefix: str, path: Path, owner: str | None, parents: tuple[Path, ...]
-    ) -> None:
+    def _add_mapping(self, loader: Any, node: Any, prefix: str, path: Path, owner: str | None) -> None:
         loader.flatten_mapping(node)  # resolves YAML's `<<` merges
         seen = set()
         for key_node, value_node in node.value:
@@ -155,14 +149,14 @@ class Layers:
                 raise UsageError(f"{key!r} is given twice in {str(path)!r} (line {key_node.start_mark.line + 1}).")
             seen.add(key)
             if field.is_group and isinstance(value_node, yaml.MappingNode):
-                self._add_mapping(loader, value_node, f"{key}.", path, owner, parents)
+                self._add_mapping(loader, value_node, f"{key}.", path, owner)
                 continue
             try:
                 value = loader.construct_object(value_node, deep=True)
             except (yaml.YAMLError, ValueError) as error:
                 raise UsageError(_yaml_message(path, error)) from error
             if field.is_group and isinstance(value, str):
-                self._add_file(path.parent / Path(value).expanduser(), where, key, parents)
+                self.add_file(path.parent / Path(value).expanduser(), where, group=key)
             else:
                 self.set(key, value, where, owner)
 
@@ -175,6 +169,10 @@ class Layers:
         field = self.fields[key]
         if field.is_group and not (value is None and field.optional):
             raise UsageError(f"{key}: expected keys of its own or a YAML file, found {value!r} ({where}).")
+        if field.type is int:
+            value = _whole(value)
+        elif field.type is float:
+            value = _number(value)
         # A group set to null has no members, and a member given makes a group that is not null.
         inside, above = f"{key}.", {key[:i] for i, letter in enumerate(key) if letter == "."}
         self.entries = {k: e for k, e in self.entries.items() if not k.startswith(inside) and k not in above}
@@ -251,6 +249,21 @@ class Layers:
 
 _FLAGS = ("print_config",)
 _BOOLEAN = ("true", "false", "yes", "no")
+
+
+def _whole(value: Any) -> Any:
+    """1e6 and 3.0 are whole numbers, whatever YAML makes of them; anything else is returned as it is."""
+    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+\.?\d*([eE]\+?\d+)?", value.strip()):
+        value = float(value)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _number(value: Any) -> Any:
+    """YAML takes `3e-4` and `inf` for text; anything that is no number is returned as it is."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def _several(key: str, values: list[str]) -> list[Any]:

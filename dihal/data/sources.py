@@ -178,8 +178,6 @@ def hub_records(source: str, *, streaming: bool) -> Iterator[Record]:
         for number, fields in enumerate(records, start=1):
             yield Record(f"record {number} of {where}", dict(fields))
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        if isinstance(error, UsageError):
-            raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UsageError(
             f"cannot read the {where}: {reason} Check its name, configuration and split, and the network; "

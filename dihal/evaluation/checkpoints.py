@@ -10,14 +10,16 @@ from dihal.checkpoint import Checkpoint, load_checkpoint
 from dihal.config import TrainConfig
 from dihal.errors import UsageError
 from dihal.io import hash_json, sha256_file
-from dihal.methods import Method, build_method
+from dihal.methods import Method
+from dihal.restore import restore_method
 
 if TYPE_CHECKING:
     from dihal.backbone import Backbone
 
-__all__ = ["Trained", "load_trained", "open_checkpoints", "require_backbone"]
+__all__ = ["Trained", "load_trained", "open_checkpoints", "require_tokenizer"]
 
-_SHARED = ("backbone_fingerprint", "tokenizer_fingerprint")
+_BACKBONE = ("family", "num_blocks", "hidden_size", "vocab_size", "config_hash")
+"""Fields of the backbone's reference that checkpoints of one table share; its weights are checked when it is loaded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +62,10 @@ def open_checkpoints(paths: tuple[str, ...]) -> list[Checkpoint]:
         raise UsageError(f"a checkpoint is named twice: {', '.join(paths)}. Name each once.")
     for other in found[1:]:
         first = found[0]
-        pairs = [(field, first.manifest[field], other.manifest[field]) for field in _SHARED]
+        references = (first.manifest["backbone"], other.manifest["backbone"])
+        pairs = [(f"backbone.{field}", *(reference[field] for reference in references)) for field in _BACKBONE]
+        name = "tokenizer_fingerprint"
+        pairs.append((name, first.manifest[name], other.manifest[name]))
         fingerprints = [item.manifest["data_fingerprint"] for item in (first, other)]
         pairs.append(("data_fingerprint.validation", *(value["validation"] for value in fingerprints)))
         pairs.append(("data.sequence_length", *(item.config.data.sequence_length for item in (first, other))))
@@ -73,27 +78,18 @@ def open_checkpoints(paths: tuple[str, ...]) -> list[Checkpoint]:
     return found
 
 
-def require_backbone(checkpoint: Checkpoint, backbone: Backbone) -> None:
-    """Refuse a backbone or tokenizer that is not the one a checkpoint was trained with.
+def require_tokenizer(checkpoint: Checkpoint, backbone: Backbone) -> None:
+    """Refuse a tokenizer that is not the one a checkpoint was trained with.
 
     Raises:
         UsageError: naming the field and both values.
     """
-    reference = checkpoint.manifest["backbone"]
-    held = asdict(backbone.reference)
-    pairs = [(f"backbone.{name}", reference[name], held[name]) for name in ("family", "num_blocks", "hidden_size")]
-    pairs.append(("backbone.dtype", reference["dtype"], held["dtype"]))
-    pairs.append(
-        ("tokenizer_fingerprint", checkpoint.manifest["tokenizer_fingerprint"], backbone.tokenizer_fingerprint)
-    )
-    if all(left == right for _, left, right in pairs):
-        pairs.append(("backbone_fingerprint", checkpoint.manifest["backbone_fingerprint"], backbone.fingerprint()))
-    for field, wanted, given in pairs:
-        if wanted != given:
-            raise UsageError(
-                f"checkpoint {str(checkpoint.path)!r} was trained with {field} {wanted!r}, the backbone "
-                f"{held['id']!r} has {given!r}. Evaluate with the backbone it was trained with."
-            )
+    wanted, given = checkpoint.manifest["tokenizer_fingerprint"], backbone.tokenizer_fingerprint
+    if wanted != given:
+        raise UsageError(
+            f"checkpoint {str(checkpoint.path)!r} was trained with tokenizer_fingerprint {wanted!r}, the backbone "
+            f"{backbone.reference.id!r} has {given!r}. Evaluate with the tokenizer it was trained with."
+        )
 
 
 def load_trained(checkpoints: list[Checkpoint], backbone: Backbone, *, weights: str) -> list[Trained]:
@@ -107,28 +103,14 @@ def load_trained(checkpoints: list[Checkpoint], backbone: Backbone, *, weights: 
     names = _names([item.path for item in checkpoints])
     loaded = []
     for name, checkpoint in zip(names, checkpoints, strict=True):
-        config = checkpoint.config
-        method = build_method(config.method, backbone)
-        method.attach(backbone, trainable=False)
-        tensors = checkpoint.tensors("model")
-        averaged = weights == "ema" and "ema" in checkpoint.names
-        if averaged:
-            # The average covers trainable weights; the normalisation buffers are those of the model.
-            tensors |= checkpoint.tensors("ema")
-        try:
-            method.load_state_dict(tensors)
-        except RuntimeError as error:
-            raise UsageError(
-                f"the weights in {str(checkpoint.path)!r} do not fit its own configuration: {error}. Train it again."
-            ) from error
-        method.to(backbone.device).eval().requires_grad_(False)
+        method, held = restore_method(checkpoint, backbone, weights=weights)
         loaded.append(
             Trained(
                 name=name,
                 checkpoint=checkpoint,
-                config=config,
+                config=checkpoint.config,
                 method=method,
-                weights="ema" if averaged else "raw",
+                weights=held,
             )
         )
     return loaded

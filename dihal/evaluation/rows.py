@@ -52,6 +52,8 @@ class Row:
     logits: Float[Tensor, " vocab"] | None = None
     """The same next-token distribution everywhere."""
     trained: Trained | None = None
+    basis: Trained | None = None
+    """A checkpoint that a control takes its statistics or its configuration from."""
     frozen_parameters: int | None = None
     trainable_parameters: int | None = None
     nfe: dict[str, int] = field(default_factory=dict)
@@ -135,6 +137,7 @@ def build_rows(
                 kind="control",
                 split=split,
                 source=MeanState(space),
+                basis=first[split],
                 frozen_parameters=suffix,
                 notes=(f"mean of the training states as measured by {first[split].name}",),
             ),
@@ -182,6 +185,7 @@ def _untrained_rows(backbone: Backbone, trained: list[Trained], *, fewest: int, 
                 split=split,
                 steps=counts,
                 source=method,
+                basis=item,
                 frozen_parameters=backbone.parameter_count(split),
                 trainable_parameters=_parameters(method),
                 nfe=_nfe(method, counts, sampler),

@@ -16,13 +16,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from dihal.config import BackboneConfig, DataConfig, EvalConfig
 from dihal.errors import UsageError, unknown_name
 from dihal.evaluation.assemble import assemble, context_of
-from dihal.evaluation.checkpoints import load_trained, open_checkpoints, require_backbone
+from dihal.evaluation.checkpoints import load_trained, open_checkpoints, require_tokenizer
 from dihal.evaluation.definitions import METRIC_VERSION
 from dihal.evaluation.generation import Scorer, generate_row, pick_prompts, text_result
 from dihal.evaluation.measure import Measured, measure
 from dihal.evaluation.result import Comparable, Result, TextResult, read_result, write_result
 from dihal.evaluation.rows import NO_SAMPLING, Row, build_rows, unigram_log_probabilities
 from dihal.io import ensure_dir, hash_json
+from dihal.restore import require_checkpoint_backbone
 
 if TYPE_CHECKING:
     from dihal.backbone import Backbone
@@ -62,7 +63,8 @@ def _load_backbone(config: EvalConfig, checkpoints: list[Checkpoint]) -> Backbon
         chosen = checkpoints[0].config.backbone if checkpoints else BackboneConfig()
     backbone = backbone_from_config(chosen)
     for checkpoint in checkpoints:
-        require_backbone(checkpoint, backbone)
+        require_checkpoint_backbone(checkpoint, backbone)
+        require_tokenizer(checkpoint, backbone)
     return backbone
 
 
@@ -151,11 +153,9 @@ def _existing(path: Path, config_hash: str, comparable: Comparable) -> Result | 
 
 def _row_hash(config: EvalConfig, row: Row, comparable: Comparable) -> str:
     decides = asdict(replace(config, checkpoints=(), backbone=None, data=None, out="", leaderboard=True, batch_size=1))
-    checkpoint = None if row.trained is None else row.trained.identity()["sha256"]
-    # A control that stands on a checkpoint (its mean, its configuration) changes with it.
-    return hash_json(
-        [decides, row.name, row.kind, row.split, row.steps, list(row.notes), checkpoint, asdict(comparable)]
-    )
+    stands_on = row.trained or row.basis
+    checkpoint = None if stands_on is None else stands_on.identity()["sha256"]
+    return hash_json([decides, row.name, row.kind, row.split, row.steps, checkpoint, asdict(comparable)])
 
 
 def _scorer(config: EvalConfig, backbone: Backbone) -> Scorer:
@@ -217,7 +217,8 @@ def evaluate(config: EvalConfig, *, console: Console | None = None) -> list[Path
             pending.append(row)
         else:
             done[row.name] = found
-            console.print(f"[dim]{row.name}: already measured, kept[/dim] {paths[row.name]}", highlight=False)
+    if done:
+        console.print(f"[dim]already measured, kept: {', '.join(done)}[/dim]", highlight=False)
     if not pending:
         return list(paths.values())
 

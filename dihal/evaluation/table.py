@@ -12,7 +12,7 @@ from dihal.evaluation.definitions import METRICS
 from dihal.evaluation.ranking import Board, Entry
 from dihal.evaluation.result import Estimate, TextResult
 
-__all__ = ["COLUMNS", "cells", "describe", "rank_text", "rich_table", "to_csv", "to_markdown"]
+__all__ = ["COLUMNS", "KIND_TEXT", "cells", "describe", "rank_text", "rich_table", "to_csv", "to_markdown"]
 
 COLUMNS = {
     "rank": "rank",
@@ -47,7 +47,9 @@ def rank_text(entry: Entry) -> str:
 def _number(value: float | None, digits: int) -> str:
     if value is None:
         return ""
-    if value != 0 and abs(value) < 0.5 * 10**-digits:
+    if value == 0:
+        return "0"
+    if abs(value) < 0.5 * 10**-digits:
         return f"{value:.0e}"
     return f"{value:.{digits}f}"
 
@@ -87,7 +89,7 @@ def cells(entry: Entry, *, intervals: tuple[str, ...] = ("kl",)) -> dict[str, st
     found = {
         "rank": rank_text(entry),
         "name": entry.label,
-        "kind": result.kind,
+        "kind": KIND_TEXT[result.kind],
         "split": "" if result.split is None else str(result.split),
         "steps": "" if entry.steps == "0" else entry.steps,
         "generated": generated_text(result.text.get(entry.steps)),
@@ -129,6 +131,9 @@ def describe(board: Board) -> list[str]:
     return lines
 
 
+KIND_TEXT = {"checkpoint": "trained", "bound": "bound", "control": "control", "text": "text"}
+"""Kind of row -> word in tables."""
+
 _STYLES = {"checkpoint": "bold", "bound": "dim", "control": "dim", "text": "dim"}
 
 
@@ -136,13 +141,34 @@ def _used(rows: list[dict[str, str]]) -> list[str]:
     return [name for name in COLUMNS if any(row[name] for row in rows)]
 
 
+_TERMINAL = ("rank", "name", "kind", "steps", "kl", "interval", "nll", "bits_per_byte", "agreement")
+_TERMINAL += ("explained_variance", "generated")
+
+
 def rich_table(board: Board) -> Table:
-    """The board for a terminal."""
-    rows = [cells(entry) for entry in board.entries]
-    table = Table(title="Leaderboard", caption=" ".join(describe(board)[1:3]), header_style="bold")
-    used = [name for name in _used(rows) if name not in ("cosine", "margin")]
+    """The board for a terminal: the metrics that matter; the files hold the rest."""
+    from rich import box
+
+    rows = [cells(entry, intervals=()) for entry in board.entries]
+    for entry, row in zip(board.entries, rows, strict=True):
+        # "0.0312 [0.0288, 0.0335]" in two columns, so that neither wraps.
+        _, _, interval = with_interval("kl", entry.result.metrics[entry.steps]["kl"]).partition(" ")
+        row["interval"] = interval.strip("[]").replace(", ", " .. ")
+    headings = {
+        **COLUMNS,
+        "kl": "KL",
+        "interval": f"{board.first.confidence:.0%} interval",
+        "generated": "ppl @ entropy",
+    }
+    caption = (
+        f"Ranked by {board.metric}, lower rank is better; rows that share ranks are not separated by their intervals."
+    )
+    table = Table(title="Leaderboard", caption=caption, box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0))
+    used = [name for name in _TERMINAL if any(row[name] for row in rows)]
     for name in used:
-        table.add_column(COLUMNS[name], justify="left" if name in ("name", "kind") else "right", no_wrap=name == "name")
+        table.add_column(
+            headings[name], justify="left" if name in ("name", "kind") else "right", no_wrap=name != "kind"
+        )
     for entry, row in zip(board.entries, rows, strict=True):
         table.add_row(*(row[name] for name in used), style=_STYLES[entry.result.kind])
     return table

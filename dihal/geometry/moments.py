@@ -23,11 +23,23 @@ def work_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
+_BLOCK = 192  # width of a block column of a CPU product
+
+
 def gram(x: Float[Tensor, "tokens dim"]) -> Float[Tensor, "dim dim"]:
     """X^T X. fp32 and fp64 in their own precision; half precision on CUDA with an fp32 result."""
     if _native_half(x.dtype, x.device):
         return torch.mm(x.mT, x, out_dtype=torch.float32)
-    return x.mT @ x
+    dim = x.shape[1]
+    if x.is_cuda or dim < 2 * _BLOCK:
+        return x.mT @ x
+    # On and above the block diagonal only, then mirrored: a third of the work is saved at d = 576.
+    out = x.new_empty(dim, dim)
+    for start in range(0, dim, _BLOCK):
+        stop = min(start + _BLOCK, dim)
+        torch.mm(x[:, start:stop].mT, x[:, start:], out=out[start:stop, start:])
+        out[stop:, start:stop] = out[start:stop, stop:].mT
+    return out
 
 
 class Moments:

@@ -42,7 +42,9 @@ class Plan:
         return tokens + self.tokens_per_step > self.tokens or (self.seconds is not None and seconds >= self.seconds)
 
 
-def plan_steps(budget: BudgetConfig, *, sequence_length: int, batch_size: int, accumulate: int, world_size: int) -> Plan:
+def plan_steps(
+    budget: BudgetConfig, *, sequence_length: int, batch_size: int, accumulate: int, world_size: int
+) -> Plan:
     """Turn a budget into steps. A run never spends more than its budget, and less than one step less.
 
     Raises:

@@ -51,7 +51,9 @@ class Record:
         try:
             self._file = open(self.path, "a", encoding="utf-8")
         except OSError as error:
-            raise UsageError(f"cannot write {str(self.path)!r}: {error.strerror}. Choose another run folder.") from error
+            raise UsageError(
+                f"cannot write {str(self.path)!r}: {error.strerror}. Choose another run folder."
+            ) from error
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one record and flush it.

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 
 from dihal.backbone import Backbone
 from dihal.config import TrainConfig
-from dihal.config.convert import to_dict
+from dihal.config.cli import dump
 from dihal.methods import Method
 from dihal.nn import count_parameters
 from dihal.nn import flops_per_token as denoiser_flops
@@ -114,13 +113,21 @@ def estimate_memory(config: TrainConfig, backbone: Backbone, method: Method) -> 
 
 
 def print_plan(
-    config: TrainConfig, plan: Plan, backbone: Backbone, method: Method, *, console: Console | None = None
+    config: TrainConfig,
+    plan: Plan,
+    backbone: Backbone,
+    method: Method,
+    flops: dict[str, float],
+    *,
+    console: Console | None = None,
 ) -> None:
-    """Print the resolved configuration, parameters, budget and memory estimate."""
+    """Print the resolved configuration, parameters, budget and memory estimate.
+
+    ``flops`` are those of :func:`flops_per_token`.
+    """
     console = console or Console()
-    console.print(yaml.safe_dump(to_dict(config), sort_keys=False), highlight=False, markup=False, soft_wrap=True)
+    console.print(dump(config), highlight=False, markup=False, soft_wrap=True)
     counts = parameters(backbone, method)
-    flops = flops_per_token(config, backbone)
     memory = estimate_memory(config, backbone, method)
     table = Table(title="plan", show_header=False, title_justify="left")
     table.add_column("quantity")

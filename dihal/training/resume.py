@@ -18,7 +18,7 @@ _FIXED = ("method.", "seed", "data.seed", "data.sequence_length", "backbone.dtyp
 # Changing these changes nothing about the result, or is checked by fingerprint.
 _FREE = ("out", "resume", "dry_run", "log.", "data.", "backbone.", "trainer.")
 
-_IDENTITIES = ("backbone_fingerprint", "tokenizer_fingerprint", "data_fingerprint")
+_IDENTITIES = ("backbone_full_fingerprint", "tokenizer_fingerprint", "data_fingerprint")
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 
 from dihal.backbone import Backbone, backbone_from_config
 from dihal.checkpoint import Checkpoint, load_checkpoint
 from dihal.config import TrainConfig
-from dihal.config.convert import config_hash, to_dict
+from dihal.config.cli import config_hash, dump, to_dict
 from dihal.data.batch import Batch
 from dihal.data.module import TextDataModule
 from dihal.errors import UsageError
@@ -61,7 +60,8 @@ def train(config: TrainConfig) -> Path:
     if config.dry_run:
         device = "cuda" if config.trainer.accelerator == "gpu" else "cpu"
         backbone = backbone_from_config(replace(config.backbone, device=device))
-        print_plan(config, plan, backbone, _build(config, backbone))
+        flops = flops_per_token(config, backbone)
+        print_plan(config, plan, backbone, _build(config, backbone), flops)
         return Path(config.out)
     check_run_folder(config)
     folder = ensure_dir(config.out)
@@ -81,7 +81,7 @@ def train(config: TrainConfig) -> Path:
         progress=first and config.log.progress,
     )
     data.setup()
-    manifest = _manifest(backbone, data)
+    manifest = _manifest(backbone, data, int(config.method.split or 0))
     progress = TrainingProgress(first and config.log.progress, plan.steps)
     spent = Spent()
     if checkpoint is not None:
@@ -95,6 +95,7 @@ def train(config: TrainConfig) -> Path:
             return folder
     data.samples_seen = spent.samples_seen
 
+    flops = flops_per_token(config, backbone)  # before adapters change the backbone's layers
     method = _build(config, backbone)
     if checkpoint is None:
         method.fit_normalisation(backbone, _normalisation_batches(data, config.method.normalisation_tokens))
@@ -123,11 +124,15 @@ def train(config: TrainConfig) -> Path:
         record=Record(folder / "metrics.jsonl", resumed_step=spent.step) if first else None,
         mirrors=build_mirrors(config.log, folder, to_dict(config), step=spent.step) if first else [],
         progress=progress,
-        quantities={**parameters(backbone, method), "flops_per_token": flops_per_token(config, backbone)},
+        quantities={**parameters(backbone, method), "flops_per_token": flops},
     )
     trainer.callbacks.append(callback)
     try:
         trainer.fit(module, datamodule=data)
+    except SystemExit:
+        if signals.received:  # the second interrupt, which Lightning turns into status 1
+            raise SystemExit(exit_code(signals.received)) from None
+        raise
     finally:
         signals.restore()
         callback.close()
@@ -168,10 +173,13 @@ def _normalisation_batches(data: TextDataModule, tokens: int) -> Iterator[Batch]
         yield data.stream.batch(np.arange(start, min(start + size, wanted), dtype=np.int64))
 
 
-def _manifest(backbone: Backbone, data: TextDataModule) -> dict[str, Any]:
+def _manifest(backbone: Backbone, data: TextDataModule, split: int) -> dict[str, Any]:
+    """Origin of the numbers. A hybrid needs the weights from the split on; training needed all of them."""
     return {
         "backbone": asdict(backbone.reference),
-        "backbone_fingerprint": backbone.fingerprint(),
+        "split": split,
+        "backbone_fingerprint": backbone.fingerprint(split),
+        "backbone_full_fingerprint": backbone.fingerprint(),
         "tokenizer_fingerprint": backbone.tokenizer_fingerprint,
         "data_fingerprint": data.fingerprint(),
         "data_statistics": data.statistics(),
@@ -181,5 +189,5 @@ def _manifest(backbone: Backbone, data: TextDataModule) -> dict[str, Any]:
 
 def _write_config(folder: Path, config: TrainConfig) -> None:
     plain = to_dict(config)
-    write_text(folder / "config.yaml", yaml.safe_dump(plain, sort_keys=False))
+    write_text(folder / "config.yaml", dump(config))
     write_json(folder / "config.json", {"hash": config_hash(config), "config": plain})

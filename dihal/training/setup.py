@@ -88,9 +88,7 @@ def _hardware(config: TrainConfig) -> TrainConfig:
             "trainer.precision=32-true with backbone.dtype=bfloat16 mixes types in the suffix. "
             "Use trainer.precision=bf16-mixed (weights stay fp32), or backbone.dtype=float32."
         )
-    return replace(
-        config, trainer=replace(trainer, accelerator=accelerator, devices=int(devices), precision=precision)
-    )
+    return replace(config, trainer=replace(trainer, accelerator=accelerator, devices=int(devices), precision=precision))
 
 
 def _check_launch(config: TrainConfig) -> None:

@@ -33,7 +33,7 @@ def backbone_folder(folder: Path, *, seed: int = 0, family: str = "llama") -> Pa
 
 def text_file(path: Path, *, seed: int = 0, documents: int = 40) -> Path:
     generator = np.random.default_rng(seed)
-    words = "alpha beta gamma delta epsilon zeta eta theta iota kappa".split()
+    words = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]
     lines = []
     for index in range(documents):
         chosen = generator.choice(words, size=int(generator.integers(15, 40)))
@@ -42,7 +42,9 @@ def text_file(path: Path, *, seed: int = 0, documents: int = 40) -> Path:
     return path
 
 
-def train_config(root: Path, *, split: int = 2, method: str = "bridge", backbone: str = "backbone", **data: Any) -> TrainConfig:
+def train_config(
+    root: Path, *, split: int = 2, method: str = "bridge", backbone: str = "backbone", **data: Any
+) -> TrainConfig:
     return TrainConfig(
         backbone=BackboneConfig(id=str(backbone_folder(root / backbone)), device="cpu"),
         data=DataConfig(
@@ -53,7 +55,9 @@ def train_config(root: Path, *, split: int = 2, method: str = "bridge", backbone
     )
 
 
-def make_run(root: Path, name: str = "run", *, steps: int = 40, config: TrainConfig | None = None, **options: Any) -> Path:
+def make_run(
+    root: Path, name: str = "run", *, steps: int = 40, config: TrainConfig | None = None, **options: Any
+) -> Path:
     """Train a little and save a checkpoint as training does."""
     if not (root / "text.jsonl").exists():
         text_file(root / "text.jsonl")
@@ -89,7 +93,8 @@ def make_run(root: Path, name: str = "run", *, steps: int = 40, config: TrainCon
         config=dataclasses.asdict(config),
         manifest_extra={
             "backbone": dataclasses.asdict(backbone.reference),
-            "backbone_fingerprint": backbone.fingerprint(),
+            "split": config.method.split,
+            "backbone_fingerprint": backbone.fingerprint(config.method.split),
             "tokenizer_fingerprint": backbone.tokenizer_fingerprint,
             "data_fingerprint": data.fingerprint(),
         },

@@ -66,9 +66,7 @@ def make(model_folder: Path, text_file: Path, tmp_path: Path) -> Make:
         config = TrainConfig(
             backbone=BackboneConfig(id=str(model_folder), device="cpu"),
             data=DataConfig(source=str(text_file), sequence_length=LENGTH, batch_size=BATCH, validation_fraction=0.2),
-            method=MethodConfig(
-                split=1, denoiser=DenoiserConfig(width=16, depth=1, heads=2), normalisation_tokens=256
-            ),
+            method=MethodConfig(split=1, denoiser=DenoiserConfig(width=16, depth=1, heads=2), normalisation_tokens=256),
             budget=BudgetConfig(tokens=steps * BATCH * LENGTH),
             optim=OptimConfig(ema=0.9, lr=3e-3),
             trainer=TrainerConfig(accelerator="cpu", validate_batches=2),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import torch
 from dihal.checkpoint import list_checkpoints, load_checkpoint
 from dihal.config import BudgetConfig
 from dihal.errors import UsageError
+from dihal.methods import Method
 from dihal.training.logs import read_records
 from dihal.training.module import BridgeModule, TrainingDiverged
 from dihal.training.run import train
@@ -67,7 +70,7 @@ def test_a_run_leaves_what_it_promises(make: Make) -> None:
 
 
 def test_it_learns(make: Make) -> None:
-    folder = train(make(steps=60, **{"optim.lr": 1e-2, "optim.ema": 0.8}))
+    folder = train(make(steps=40, **{"optim.lr": 1e-2, "optim.ema": 0.8}))
     losses = [record["loss"] for record in read_records(folder / "metrics.jsonl") if record["kind"] == "train"]
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
 
@@ -99,7 +102,9 @@ def test_accumulation_equals_the_larger_batch(make: Make, tmp_path: Path) -> Non
 @pytest.mark.parametrize("changes", [{}, {"method.denoiser.dropout": 0.1, "trainer.accumulate": 2}])
 def test_resume_is_bit_identical(make: Make, tmp_path: Path, changes: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     accumulate = changes.get("trainer.accumulate", 1)
-    whole = make(steps=8 * accumulate, out=tmp_path / "whole", **changes, **{"trainer.save_every": 3, "trainer.keep": 9})
+    whole = make(
+        steps=8 * accumulate, out=tmp_path / "whole", **changes, **{"trainer.save_every": 3, "trainer.keep": 9}
+    )
     train(whole)
     assert [p.name for p in list_checkpoints(whole.out)] == ["step-00000003", "step-00000006", "step-00000008"]
 
@@ -174,10 +179,10 @@ def test_resume_refuses_an_edited_backbone(make: Make, model_folder: Path, tmp_p
     for file in model_folder.iterdir():
         (other / file.name).write_bytes(file.read_bytes())
     weights = load_file(other / "model.safetensors")
-    name = next(key for key in weights if "layers.2" in key)
+    name = next(key for key in weights if "layers.0" in key)
     weights[name].view(-1)[0] += 1e-3
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UsageError, match="backbone_fingerprint"):
+    with pytest.raises(UsageError, match="backbone_full_fingerprint"):
         train(resumed(make(steps=2, **{"backbone.id": str(other)})))
 
 
@@ -200,8 +205,6 @@ def test_keep(make: Make) -> None:
 
 
 def test_non_finite_loss_stops_before_the_weights_move(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dihal.methods import Method
-
     config = make(steps=6, **{"trainer.save_every": 1})
     loss = Method.loss
 
@@ -235,6 +238,51 @@ def test_a_full_disk_while_training(make: Make, monkeypatch: pytest.MonkeyPatch)
         train(config)
     monkeypatch.undo()
     assert load_checkpoint(config.out).state["step"] == 2
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_step_saves_and_says_so(
+    make: Make, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int
+) -> None:
+    config = make(steps=8, **{"trainer.accumulate": 2, "data.batch_size": 2, "log.every": 2})
+    before = signal.getsignal(number)
+    loss = Method.loss
+
+    def signalled(self: Method, backbone: object, batch: object, *, step: int, **rest: object) -> object:
+        if step == 4:  # in both micro-batches of step 5; a SIGINT that comes twice means now
+            if number != signal.SIGINT or int(batch.sample_ids[0]) % BATCH == 0:
+                os.kill(os.getpid(), number)
+        return loss(self, backbone, batch, step=step, **rest)
+
+    monkeypatch.setattr(Method, "loss", signalled)
+    with pytest.raises(SystemExit) as stopped:
+        train(config)
+    monkeypatch.undo()
+    assert stopped.value.code == code
+    assert signal.getsignal(number) == before
+    assert load_checkpoint(config.out).state["step"] == 5
+    assert [row[0] for row in stream(config.out)] == [2, 4]
+    assert not [r for r in read_records(Path(config.out) / "metrics.jsonl") if r["kind"] == "validation"]
+    train(resumed(config))
+    assert [row[0] for row in stream(config.out)] == [2, 4, 6, 8]
+
+
+def test_a_second_interrupt_means_now(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make(steps=8, **{"trainer.save_every": 2})
+    loss = Method.loss
+
+    def twice(self: Method, backbone: object, batch: object, *, step: int, **rest: object) -> object:
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        return loss(self, backbone, batch, step=step, **rest)
+
+    monkeypatch.setattr(Method, "loss", twice)
+    with pytest.raises(SystemExit) as stopped:
+        train(config)
+    assert stopped.value.code == 130
+    assert load_checkpoint(config.out).state["step"] == 4
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_validation_interval(make: Make) -> None:

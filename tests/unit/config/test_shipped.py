@@ -1,0 +1,62 @@
+"""Every shipped YAML parses against its class, and is a delta."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dihal.config import BackboneConfig, BudgetConfig, EvalConfig, MethodConfig, ScoreRunConfig, TrainConfig
+from dihal.config.cli import parse, to_dict
+from dihal.methods import METHODS
+
+ROOT = Path(__file__).parents[3] / "configs"
+FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.yaml"))
+
+
+def _class(name):
+    folder = name.split("/")[0]
+    if folder == "run":
+        return ScoreRunConfig if "score" in name else EvalConfig if "evaluate" in name else TrainConfig
+    return {"backbone": BackboneConfig, "budget": BudgetConfig, "method": MethodConfig}[folder]
+
+
+def test_there_are_files_of_every_kind():
+    assert {name.split("/")[0] for name in FILES} == {"backbone", "budget", "method", "run"}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_shipped_file_parses(name):
+    config = parse(_class(name), ["--config", str(ROOT / name)], prog="x")
+    method = getattr(config, "method", config if isinstance(config, MethodConfig) else None)
+    assert method is None or method.name in METHODS
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_shipped_file_is_a_delta(name):
+    """A key that repeats its default would silently keep the old value when the default changes."""
+    kind = _class(name)
+    defaults = to_dict(kind())
+
+    def repeated(given, default, prefix=""):
+        for key, value in given.items():
+            at = default
+            for part in str(key).split("."):
+                at = at[part] if isinstance(at, dict) else None
+            if isinstance(value, dict):
+                yield from repeated(value, at or {}, f"{prefix}{key}.")
+            elif value == at:
+                yield f"{prefix}{key}"
+
+    # what names the file stays, default or not
+    naming = {"id", "name"}
+    assert set(repeated(yaml.safe_load((ROOT / name).read_text()), defaults)) <= naming
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if _class(name) is TrainConfig])
+def test_runs_name_the_split_once_and_a_budget(name):
+    config = parse(TrainConfig, ["--config", str(ROOT / name)], prog="x")
+    assert (config.method.split is None) != (config.method.split_from is None)
+    assert config.budget.name != BudgetConfig().name
+    assert config.out.startswith("runs/")

@@ -1,0 +1,196 @@
+"""Options that cannot work are refused before anything is loaded; a dry run only prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dihal.config import BudgetConfig
+from dihal.errors import UsageError
+from dihal.training.budget import Clock, plan_steps
+from dihal.training.plan import estimate_memory, flops_per_token
+from dihal.training.run import train
+from dihal.training.setup import resolve
+from tests.kit import tiny_backbone
+from tests.unit.training.conftest import Make
+
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"method.split_from": "scores.json"}, "both given"),
+        ({"method.split": None}, "method.split is not set"),
+        ({"method.split": None, "method.split_from": "/nowhere/scores.json"}, "no file"),
+        ({"method.split": 3}, "out of range"),
+        ({"method.name": "brige"}, "bridge"),
+        ({"trainer.accumulate": 0}, "trainer.accumulate"),
+        ({"trainer.devices": 0}, "trainer.devices"),
+        ({"trainer.keep": 0}, "trainer.keep"),
+        ({"optim.lr": -1.0}, "optim.lr"),
+        ({"log.every": 0}, "log.every"),
+        ({"budget.tokens": 10}, "one optimiser step takes 64"),
+        ({"budget.seconds": 0.0}, "budget.seconds"),
+        ({"backbone.dtype": "bfloat16", "trainer.precision": "32-true"}, "bf16-mixed"),
+        ({"backbone.dtype": "float16"}, "float16"),
+        ({"backbone.device": "cuda"}, "contradict"),
+        ({"data.sequence_length": 5000, "budget.tokens": 100_000}, "1024 positions"),
+        ({"data.source": "/nowhere/text.txt"}, "nowhere"),
+        ({"backbone.id": "/nowhere/model"}, "nowhere"),
+    ],
+)
+def test_bad_options(make: Make, changes: dict, named: str) -> None:
+    with pytest.raises(UsageError, match=named):
+        train(make(**changes))
+
+
+@NO_GPU
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"trainer.accelerator": "gpu", "backbone.device": "auto"},
+        {"trainer.accelerator": "auto", "backbone.device": "cuda"},
+    ],
+)
+def test_a_gpu_where_there_is_none(make: Make, changes: dict) -> None:
+    with pytest.raises(UsageError, match="PyTorch sees none"):
+        train(make(**changes))
+
+
+def test_an_output_folder_that_is_a_file(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(UsageError, match="cannot write to the output folder"):
+        train(make(out=tmp_path / "taken"))
+
+
+def test_world_size_is_checked(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(UsageError, match="WORLD_SIZE is 2"):
+        resolve(make())
+    assert resolve(make(**{"trainer.devices": 2})).trainer.devices == 2
+
+
+def test_what_was_left_to_choose_is_filled_in(make: Make) -> None:
+    config = resolve(make(**{"trainer.devices": "auto"}))
+    assert (config.trainer.accelerator, config.trainer.devices, config.trainer.precision) == ("cpu", 1, "32-true")
+    assert resolve(make(**{"backbone.dtype": "bfloat16"})).trainer.precision == "bf16-mixed"
+
+
+def test_split_from_a_score(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dihal.training.setup.read_split", lambda path: 2 if path == "scores.json" else -1)
+    config = resolve(make(**{"method.split": None, "method.split_from": "scores.json"}))
+    assert (config.method.split, config.method.split_from) == (2, None)
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(
+    make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(make(steps=7, dry_run=True))
+    assert not (tmp_path / "run").exists()
+    text = capsys.readouterr().out
+    for expected in ("sequence_length: 16", "trainable parameters", "optimiser steps", "7", "FLOPs", "GiB"):
+        assert expected in text
+
+
+def test_budget_in_steps() -> None:
+    plan = plan_steps(BudgetConfig(tokens=1000), sequence_length=16, batch_size=2, accumulate=2, world_size=2)
+    assert (plan.sequences_per_step, plan.tokens_per_step, plan.steps, plan.tokens) == (8, 128, 7, 896)
+    assert not plan.is_spent(768, 0.0)
+    assert plan.is_spent(896, 0.0)
+    assert plan.share(448, 0.0) == 0.5
+    timed = plan_steps(
+        BudgetConfig(tokens=1000, seconds=10.0), sequence_length=16, batch_size=8, accumulate=1, world_size=1
+    )
+    assert timed.share(128, 7.0) == 0.7
+    assert timed.is_spent(128, 10.0)
+
+
+def test_the_clock_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("dihal.training.budget.time.perf_counter", lambda: now)
+    clock = Clock(5.0)
+    clock.start()
+    now = 103.0
+    assert clock.seconds == 8.0
+    clock.pause()
+    now = 150.0
+    assert clock.seconds == 8.0
+    clock.start()
+    now = 151.0
+    assert clock.seconds == 9.0
+
+
+def test_flops_count_the_passes_that_run(make: Make) -> None:
+    backbone = tiny_backbone(num_blocks=3)
+    state = flops_per_token(make(), backbone)
+    assert state["suffix"] == 0
+    assert state["prefix"] == backbone.flops_per_token(0, 1, 8.5)
+    ce = flops_per_token(make(**{"method.objective.cross_entropy": 1.0}), backbone)
+    kl = flops_per_token(make(**{"method.objective.kl": 1.0}), backbone)
+    assert ce["denoiser"] == state["denoiser"]
+    assert kl["suffix"] == pytest.approx(1.5 * ce["suffix"])
+
+
+def test_memory_counts_state_exactly(make: Make) -> None:
+    from dihal.methods import build_method
+    from dihal.nn import count_parameters
+
+    backbone = tiny_backbone(num_blocks=3)
+    config = resolve(make())
+    method = build_method(config.method, backbone)
+    memory = estimate_memory(config, backbone, method)
+    count = count_parameters(method)
+    assert (memory.weights, memory.gradients, memory.optimizer, memory.average) == (
+        4 * count, 4 * count, 8 * count, 4 * count,
+    )  # fmt: skip
+    assert memory.backbone == backbone.weight_bytes
+    assert estimate_memory(resolve(make(**{"optim.ema": 0.0})), backbone, method).average == 0
+    more = estimate_memory(resolve(make(**{"method.objective.kl": 1.0})), backbone, method)
+    assert more.activations > memory.activations
+
+
+def test_activations_are_what_autograd_keeps(make: Make) -> None:
+    """The estimate against the tensors that the backward pass of one micro-batch holds, within a third."""
+    import numpy as np
+
+    from dihal.data.module import TextDataModule
+    from dihal.methods import build_method
+
+    config = resolve(
+        make(
+            **{
+                "method.denoiser.width": 64,
+                "method.denoiser.depth": 4,
+                "method.denoiser.heads": 4,
+                "data.sequence_length": 64,
+            }
+        )
+    )
+    backbone = tiny_backbone(num_blocks=3)
+    method = build_method(config.method, backbone)
+    data = TextDataModule(
+        config.data,
+        tokenizer=backbone.tokenizer,
+        tokenizer_fingerprint=backbone.tokenizer_fingerprint,
+        start_token_id=backbone.start_token_id,
+        end_token_id=backbone.end_token_id,
+    )
+    batch = data.stream.batch(np.arange(config.data.batch_size))
+    weights = {p.untyped_storage().data_ptr() for p in method.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = method.loss(backbone, batch, seed=0, step=0, batch_index=batch.sample_ids, global_batch=4)
+    measured = sum(kept.values())
+    assert out.total.requires_grad
+    assert estimate_memory(config, backbone, method).activations == pytest.approx(measured, rel=0.33)
