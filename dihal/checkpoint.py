@@ -39,6 +39,7 @@ from torch import Tensor
 from dihal.config import TrainConfig
 from dihal.errors import UsageError
 from dihal.io import canonical_json, ensure_dir, hash_json, require_free_space, sha256_file, write_json, write_text
+from dihal.ties import untied
 
 __all__ = [
     "FORMAT",
@@ -128,43 +129,12 @@ class Checkpoint:
 # -- saving ---------------------------------------------------------------------------------------
 
 
-def _to_cpu(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Contiguous CPU tensors that share no storage, and alias -> original for tied ones."""
-    kept: dict[str, Tensor] = {}
-    aliases: dict[str, str] = {}
-    seen: dict[tuple, str] = {}
-    storages: set[tuple] = set()
-    for name, tensor in tensors.items():
-        tensor = tensor.detach()
-        storage = (tensor.device, tensor.untyped_storage().data_ptr())
-        view = (*storage, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
-        if tensor.numel() and view in seen:
-            aliases[name] = seen[view]
-            continue
-        seen[view] = name
-        moved = tensor.to("cpu").contiguous()
-        if storage in storages and moved.untyped_storage().data_ptr() == storage[1]:
-            moved = moved.clone()  # a view of another entry; the file format refuses shared memory
-        storages.add(storage)
-        kept[name] = moved
-    return kept, aliases
-
-
 def _fsync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _rename(source: Path, target: Path) -> None:
-    os.replace(source, target)
-
-
-def _clean(checkpoints: Path) -> None:
-    for leftover in checkpoints.glob(f"{_STAGING}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _open_permissions(path: Path, mode: int) -> None:
@@ -232,8 +202,7 @@ def save_checkpoint(
     Raises:
         UsageError: no space, no permission, read-only. Earlier checkpoints are untouched.
     """
-    checkpoints = Path(folder) / _FOLDER
-    ensure_dir(checkpoints)
+    checkpoints = ensure_dir(Path(folder) / _FOLDER)
     target = checkpoints / f"step-{int(state['step']):08d}"
     if target.exists():
         with contextlib.suppress(_Invalid):
@@ -242,17 +211,18 @@ def save_checkpoint(
     moved: dict[str, dict[str, Tensor]] = {}
     aliases: dict[str, dict[str, str]] = {}
     for name, group in tensors.items():
-        moved[name], aliases[name] = _to_cpu(group)
+        moved[name], aliases[name] = untied(group)
     needed = sum(t.numel() * t.element_size() for group in moved.values() for t in group.values())
     try:
-        _clean(checkpoints)
+        for leftover in checkpoints.glob(f"{_STAGING}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
         require_free_space(checkpoints, needed + _SLACK)
         stage = Path(tempfile.mkdtemp(dir=checkpoints, prefix=_STAGING))
         try:
             _stage(stage, moved, {k: v for k, v in aliases.items() if v}, state, config, manifest_extra)
             if target.exists():
                 _discard(target)
-            _rename(stage, target)
+            os.replace(stage, target)
             _fsync(checkpoints)
         finally:
             shutil.rmtree(stage, ignore_errors=True)
@@ -309,9 +279,8 @@ def _verify(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
             raise _Invalid(f"{file} is missing") from error
         except OSError as error:
             raise _Invalid(f"{file} cannot be read ({error.strerror or error})") from error
-    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))["config"]
-    return manifest, state, config
+    state, config = (json.loads((path / name).read_text(encoding="utf-8")) for name in ("state.json", "config.json"))
+    return manifest, state, config["config"]
 
 
 def list_checkpoints(folder: str | Path) -> list[Path]:
@@ -403,7 +372,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 def _discard(path: Path) -> None:
     # Renamed first, so that a deletion cut short never looks like a checkpoint.
     grave = Path(tempfile.mkdtemp(dir=path.parent, prefix=_STAGING))
-    _rename(path, grave / path.name)
+    os.replace(path, grave / path.name)
     shutil.rmtree(grave, ignore_errors=True)
 
 

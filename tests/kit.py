@@ -88,8 +88,8 @@ def _tokenizer_json(vocab: int) -> str:
 
     special = ["<s>", "</s>", "<pad>"]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    # Printable ASCII first, so that a small vocabulary still reads English; the rest maps to <pad>'s neighbour <unk>.
-    letters.sort(key=lambda letter: (not letter.isascii() and letter not in "ĠĊ", letter))
+    # Space, newline and common ASCII first, so that a small vocabulary still reads English; the rest becomes <unk>.
+    letters.sort(key=lambda letter: (letter not in "ĠĊ", not letter.isascii(), letter in "`~|^", letter))
     tokens = [*special, "<unk>", *letters][:vocab]
     model = models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[], unk_token="<unk>")
     tokenizer = Tokenizer(model)

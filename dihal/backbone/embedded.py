@@ -146,18 +146,11 @@ def _build(scratch: Path, stage: Path) -> None:
 
 def _convert(gguf: Path, stage: Path) -> None:
     import torch
-    from tokenizers import pre_tokenizers
 
-    from dihal.backbone.files import load_gguf, quiet
+    from dihal.backbone.files import quiet
+    from dihal.backbone.gguf_file import load_gguf
 
     loaded = load_gguf(gguf, str(gguf), dtype=torch.float32, tokenizer=None)
-    # The library ignores tokenizer.ggml.pre = smollm: digits are single tokens, also after spaces.
-    loaded.tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
-    )
     with quiet():
         loaded.model.save_pretrained(stage)
         loaded.tokenizer.save_pretrained(stage)

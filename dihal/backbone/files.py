@@ -1,4 +1,4 @@
-"""Causal LMs from files: hub snapshots, local folders, GGUF. Every failure is said in one sentence."""
+"""Causal LMs from files: hub snapshots and local folders. Every failure is said in one sentence."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import nn
 from dihal.backbone.layout import find_layout
 from dihal.errors import UsageError
 
-__all__ = ["Loaded", "load_files", "load_gguf", "quiet"]
+__all__ = ["Loaded", "explained", "load_files", "quiet", "require_complete"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _explained(source: str) -> Iterator[None]:
+def explained(source: str) -> Iterator[None]:
     """Turn what the libraries raise for a bad source into one `UsageError`."""
     import pickle
 
@@ -104,6 +104,8 @@ def load_files(
     if source.endswith(".gguf"):
         if not local.is_file():
             raise UsageError(f"no GGUF file {source!r}. Check the path.")
+        from dihal.backbone.gguf_file import load_gguf
+
         return load_gguf(local, source, **options)
     if local.is_dir():
         _check_folder(local, source)
@@ -138,7 +140,7 @@ def _load_pretrained(
 ) -> Loaded:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with quiet(), _explained(source):
+    with quiet(), explained(source):
         # The family is known before gigabytes are read.
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
         find_layout(config)
@@ -154,13 +156,14 @@ def _load_pretrained(
             output_loading_info=True,
             **options,
         )
-    _require_complete(source, report)
+    require_complete(source, report)
     if tokenizer is None:
         tokenizer = _load_tokenizer(source, trust_remote_code=trust_remote_code, **options)
     return Loaded(model, tokenizer, source, commit or revision)
 
 
-def _require_complete(source: str, report: dict[str, Any]) -> None:
+def require_complete(source: str, report: dict[str, Any]) -> None:
+    """Refuse a load in which a tensor was missing or of another shape."""
     # The library fills what is missing with random numbers and goes on.
     missing = sorted(report.get("missing_keys") or ())
     mismatched = sorted(str(item[0]) for item in report.get("mismatched_keys") or ())
@@ -181,46 +184,5 @@ def _load_tokenizer(source: str, **options: Any) -> Any | None:
         for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
     ):
         return None
-    with quiet(), _explained(source):
+    with quiet(), explained(source):
         return AutoTokenizer.from_pretrained(source, **options)
-
-
-def load_gguf(path: Path, source: str, *, dtype: torch.dtype, tokenizer: Any | None) -> Loaded:
-    """Weights dequantised to ``dtype``; the quantisation config is dropped, so that the model can be saved."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    folder, name = str(path.parent), path.name
-    with quiet(), _explained(source):
-        config = AutoConfig.from_pretrained(folder, gguf_file=name)
-        find_layout(config)
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder, gguf_file=name, config=config, dtype=dtype, output_loading_info=True
-        )
-        if tokenizer is None:
-            tokenizer = _without_invented(
-                AutoTokenizer.from_pretrained(folder, gguf_file=name), model.get_input_embeddings().weight.shape[0]
-            )
-    _require_complete(source, report)
-    model.hf_quantizer = None
-    model.is_quantized = False
-    for holder in (model, model.config):
-        if hasattr(holder, "quantization_config"):
-            delattr(holder, "quantization_config")
-    return Loaded(model, tokenizer, source, None)
-
-
-def _without_invented(tokenizer: Any, vocab_size: int) -> Any:
-    """Drop special tokens that the library adds behind a GGUF vocabulary (GPT-2's, whatever the model)."""
-    from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
-
-    rules = json.loads(tokenizer.backend_tokenizer.to_str())
-    kept = [token for token in rules["added_tokens"] if token["id"] < vocab_size]
-    if len(kept) == len(rules["added_tokens"]):
-        return tokenizer
-    rules["added_tokens"] = kept
-    ids = tokenizer.get_vocab()
-    special = {role: token for role, token in tokenizer.special_tokens_map.items() if ids.get(token, 0) < vocab_size}
-    trimmed = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(rules)), **special)
-    trimmed.chat_template = tokenizer.chat_template
-    return trimmed

@@ -95,13 +95,13 @@ def _header(names: dict[str, str]) -> str:
     return f"<thead><tr>{cols}</tr></thead>"
 
 
-def _cell(text: str, value: float | str | None, css: str = "") -> str:
+def _cell(text: str, value: float | int | str | None, css: str = "") -> str:
     sort = "" if value is None else f' data-v="{escape(str(value), quote=True)}"'
     kind = f' class="{css}"' if css else ""
     return f"<td{kind}{sort}>{escape(text)}</td>"
 
 
-def _sort_value(entry: Entry, name: str) -> float | str | None:
+def _sort_value(entry: Entry, name: str) -> float | int | str | None:
     result = entry.result
     if name in METRICS:
         return result.metrics[entry.steps][name].value

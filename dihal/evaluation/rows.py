@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -24,6 +24,7 @@ NO_SAMPLING = 0
 """Number of steps of a row that does not sample."""
 
 
+@runtime_checkable
 class Source(Protocol):
     """Where a row's h^l comes from: a method or a control."""
 

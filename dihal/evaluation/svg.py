@@ -11,7 +11,7 @@ from dihal.evaluation.series import Mark, Series
 __all__ = ["lines_chart", "rows_chart", "scatter_chart"]
 
 # Drawn at about the width of a telephone, so that text keeps its size there; wide pages put figures side by side.
-_WIDTH = 440
+_WIDTH = 440.0
 # Widths of a character, taken generously: SVG cannot measure text without a script.
 _CHARACTER = 6.8
 _BOLD = 7.4
@@ -51,7 +51,7 @@ def _dot(x: float, y: float, series: Series, mark: Mark, title: str) -> str:
 
 def _wrap(height: float, description: str, body: list[str]) -> str:
     return (
-        f'<svg viewBox="0 0 {_WIDTH} {height:.0f}" role="img" aria-label="{escape(description, quote=True)}">'
+        f'<svg viewBox="0 0 {_WIDTH:.0f} {height:.0f}" role="img" aria-label="{escape(description, quote=True)}">'
         + "".join(body)
         + "</svg>"
     )
@@ -111,7 +111,7 @@ def _frame(
         y = bottom - (bottom - top) * y_scale(tick)
         body += [_line(left, y, right, y, "grid"), _text(left - 6, y + 4, tick_text(tick), anchor="end", css="tick")]
     body += _x_axis(x_scale, lambda v: left + (right - left) * x_scale(v), top, bottom, x_label, left, right)
-    body.append(_text(2, 13, y_label, css="axis"))
+    body.append(_text(2.0, 13.0, y_label, css="axis"))
     return body, left, right, top, bottom
 
 

@@ -30,7 +30,7 @@ def definitions(config: ScoreConfig) -> dict[str, str]:
         ),
         "documents": "documents in the order of sha256(seed, document), drawn whole until `tokens` are reached, windows within one document, start token included and counted",
         "intervals": (
-            f"{config.bootstrap} resamples of documents, percentile interval at {config.confidence:g}; spectra to first order, neighbour graph fixed, "
+            f"{config.bootstrap} resamples of documents, percentile interval at {config.confidence:g}; spectra and curvature to first order in the documents' weights, "
             "z-scores and argmax taken anew in each resample"
             if config.bootstrap
             else "none"

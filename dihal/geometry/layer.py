@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dihal.config import ScoreConfig
 from dihal.errors import UsageError
-from dihal.geometry.intervals import resampled_spectrum
+from dihal.geometry.intervals import resampled_curvature, resampled_spectrum
 from dihal.geometry.moments import Moments, correlation, spectrum, spectrum_and_basis
 from dihal.geometry.neighbours import FLOOR, curvature, local_spread
 from dihal.geometry.proxies import (
@@ -164,8 +164,8 @@ def _proxies(view: _View, split: int, coordinates: str, document: Tensor, anchor
         spectra = resampled_spectrum(
             points, document, counts, values, basis, standardized=coordinates == "standardized"
         )
-        by_anchor = counts.to(bend.device)[:, document[anchors]]
-        resampled = tuple(v.cpu() for v in (weighted_median(bend, by_anchor), *summary(spectra)))
+        bends = resampled_curvature(bend, local, anchors, document, counts)
+        resampled = tuple(v.cpu() for v in (bends, *summary(spectra)))
     return Proxies(
         curvature=float(weighted_median(bend, torch.ones_like(anchors))),
         stiffness=float(stiffness),

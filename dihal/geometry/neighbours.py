@@ -38,6 +38,10 @@ class LocalSpread:
     """Squared distance to the nearest neighbour / d, fp64."""
     farthest: Float[Tensor, "anchors"]
     """Squared distance to the k-th neighbour / d, fp64."""
+    neighbours: Int[Tensor, "anchors k"]
+    """Indices of the neighbours, nearest first."""
+    influence: Float[Tensor, "anchors k"]
+    """Change of log variance per unit of weight added to each neighbour (see :func:`_influence`), fp64."""
 
 
 def _smallest(scores: Tensor, count: int) -> Tensor:
@@ -76,6 +80,24 @@ def candidates(
     return torch.cat(found)
 
 
+def _influence(share: Tensor, distance: Tensor) -> Tensor:
+    """How log(tr Cov) moves when neighbour j counts 1 + w_j times, per w_j, to first order.
+
+    Two effects. At a fixed radius the mean of |x_j - mean|^2 is re-weighted: (|x_j - mean|^2 / tr - 1) / k.
+    And the k nearest reach less far: with m the local dimension, a share w / k more points shrinks
+    squared lengths by 2 w / (k m). m is estimated from the neighbours' own distances (Levina and
+    Bickel 2004, Eq. 8), at least 1.
+
+    Args:
+        share: |x_j - mean|^2 / sum over j, (anchors, k).
+        distance: squared distance to the anchor, ascending, (anchors, k).
+    """
+    k = share.shape[1]
+    ratio = distance / distance[:, -1:].clamp_min(torch.finfo(distance.dtype).tiny)
+    inverse_dimension = (-0.5 * torch.log(ratio.clamp_min(1e-12)).sum(1, keepdim=True) / (k - 1)).clamp_max(1.0)
+    return torch.where(distance[:, -1:] > 0, share - (1 + 2 * inverse_dimension) / k, 0.0)
+
+
 def local_spread(points: Float[Tensor, "points dim"], anchors: Int[Tensor, "anchors"], k: int) -> LocalSpread:
     """Trace of the covariance of each anchor's k nearest neighbours.
 
@@ -86,7 +108,7 @@ def local_spread(points: Float[Tensor, "points dim"], anchors: Int[Tensor, "anch
     """
     assert 2 <= k < len(points), "k must be at least 2 and below the number of points"
     indices = candidates(points, anchors, min(k + _MARGIN, len(points) - 1))
-    variance, nearest, farthest = [], [], []
+    parts: list[tuple[Tensor, ...]] = []
     for rows, block in zip(indices.split(_GATHER_AT_ONCE), anchors.split(_GATHER_AT_ONCE)):
         offset = points[rows]
         offset -= points[block, None]
@@ -95,13 +117,18 @@ def local_spread(points: Float[Tensor, "points dim"], anchors: Int[Tensor, "anch
         weight = torch.zeros_like(distance).scatter_(1, chosen.indices, 1.0)
         # Centre a second time: around an outlying anchor the spread is far smaller than the distance.
         offset -= torch.bmm(weight[:, None], offset) / k
-        spread = torch.linalg.vector_norm(offset, dim=-1).square()
-        variance.append((spread * weight).sum(1).double() / (k - 1))
-        nearest.append(chosen.values[:, 0].double())
-        farthest.append(chosen.values[:, -1].double())
-    dim = points.shape[1]
+        spread = torch.linalg.vector_norm(offset, dim=-1).square().gather(1, chosen.indices)
+        parts.append((rows.gather(1, chosen.indices), chosen.values, spread))
+    neighbours, near, spread = (torch.cat(columns) for columns in zip(*parts))
+    near, spread = near.double(), spread.double()
+    total, dim = spread.sum(1), points.shape[1]
+    share = spread / total.clamp_min(torch.finfo(torch.float64).tiny)[:, None]
     return LocalSpread(
-        variance=torch.cat(variance) / dim, nearest=torch.cat(nearest) / dim, farthest=torch.cat(farthest) / dim
+        variance=total / (k - 1) / dim,
+        nearest=near[:, 0] / dim,
+        farthest=near[:, -1] / dim,
+        neighbours=neighbours,
+        influence=torch.where(total[:, None] > 0, _influence(share, near), 0.0),
     )
 
 

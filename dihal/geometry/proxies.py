@@ -99,21 +99,24 @@ def effective_rank(eigenvalues: Eigenvalues, *, kind: str = "entropy") -> Scalar
     return RANKS[kind][0](eigenvalues)
 
 
-def weighted_median(values: Float[Tensor, "n"], weights: Int[Tensor, "*batch n"]) -> Float[Tensor, "*batch"]:
+def weighted_median(
+    values: Float[Tensor, "*batch n"] | Float[Tensor, "n"], weights: Int[Tensor, "*batch n"]
+) -> Float[Tensor, "*batch"]:
     """Median of ``values``, each repeated ``weights`` times; the mean of the two middle ones where even.
 
     NaN where the weights of a row are all zero.
     """
-    order = values.argsort()
-    ascending = values[order].contiguous()
-    cumulative = weights[..., order].cumsum(-1)
+    ascending, order = values.sort(-1)
+    cumulative = weights.gather(-1, order.expand_as(weights)).cumsum(-1)
     total = cumulative[..., -1:]
     # 0-based ranks of the middle elements of the repeated list: (total - 1) // 2 and total // 2
-    low = torch.searchsorted(cumulative, torch.div(total - 1, 2, rounding_mode="floor"), right=True)
-    high = torch.searchsorted(cumulative, torch.div(total, 2, rounding_mode="floor"), right=True)
-    last = values.shape[0] - 1
-    middle = (ascending[low.clamp_max(last)] + ascending[high.clamp_max(last)]) / 2
-    return torch.where(total > 0, middle, torch.nan).squeeze(-1)
+    last = values.shape[-1] - 1
+    ends = []
+    for rank in (total - 1, total):
+        middle = torch.div(rank, 2, rounding_mode="floor")
+        index = torch.searchsorted(cumulative, middle, right=True).clamp_max(last)
+        ends.append(ascending.expand(weights.shape).gather(-1, index))
+    return torch.where(total > 0, (ends[0] + ends[1]) / 2, torch.nan).squeeze(-1)
 
 
 def z_scores(
@@ -147,12 +150,12 @@ def _ranks(values: Tensor) -> Tensor:
     # average rank of ties
     less = (values[None, :] < values[:, None]).sum(1)
     same = (values[None, :] == values[:, None]).sum(1)
-    return less + (same - 1) / 2
+    return less.double() + (same.double() - 1) / 2
 
 
 def spearman(a: Float[Tensor, "n"], b: Float[Tensor, "n"]) -> float:
     """Spearman rank correlation, ties by average rank; NaN where one side is constant."""
-    x, y = _ranks(a.double()), _ranks(b.double())
+    x, y = _ranks(a), _ranks(b)
     x, y = x - x.mean(), y - y.mean()
     scale = (x.square().sum() * y.square().sum()).sqrt()
     return float((x * y).sum() / scale) if scale > 0 else float("nan")

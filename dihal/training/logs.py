@@ -49,7 +49,7 @@ class Record:
         # Also where nothing is cut: the last line may lack its end.
         write_text(self.path, "".join(_line(record) for record in kept))
         try:
-            self._file = open(self.path, "a", encoding="utf-8")
+            self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
         except OSError as error:
             raise UsageError(
                 f"cannot write {str(self.path)!r}: {error.strerror}. Choose another run folder."

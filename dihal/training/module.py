@@ -126,6 +126,7 @@ class BridgeModule(L.LightningModule):
                 step=self.spent.step,
                 batch_index=batch.sample_ids - self.spent.samples_seen,
                 global_batch=self.plan.sequences_per_step,
+                progress=self.plan.share(self.spent.tokens, self.spent.seconds),
             )
             # Training windows hold no padding, so micro-batches and ranks weigh the same.
             self.manual_backward(out.total / accumulate)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from dihal.backbone import Backbone, backbone_from_config
-from dihal.checkpoint import Checkpoint, load_checkpoint
+from dihal.checkpoint import load_checkpoint
 from dihal.config import TrainConfig
 from dihal.config.cli import config_hash, dump, to_dict
 from dihal.data.batch import Batch
@@ -21,7 +21,7 @@ from dihal.errors import UsageError
 from dihal.io import ensure_dir, write_json, write_text
 from dihal.methods import Method, build_method
 from dihal.provenance import provenance
-from dihal.training.budget import Plan, Spent, plan_steps
+from dihal.training.budget import Spent, plan_steps
 from dihal.training.callbacks import RunCallback
 from dihal.training.logs import Record, build_mirrors, write_csv
 from dihal.training.module import BridgeModule

@@ -15,7 +15,7 @@ from dihal.backbone import embedded, load_backbone
 from dihal.errors import UsageError
 from dihal.io import sha256_file
 from tests.kit import tiny_model
-from tests.unit.backbone.gguf_file import write_gguf
+from tests.unit.backbone.gguf_writer import write_gguf
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from dihal.backbone.load import pick_device
 from dihal.config import BackboneConfig
 from dihal.errors import UsageError
 from tests.kit import FAMILIES, tiny_backbone, tiny_model, tiny_tokenizer
-from tests.unit.backbone.gguf_file import write_gguf
+from tests.unit.backbone.gguf_writer import write_gguf
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
 
@@ -221,6 +221,12 @@ def test_broken_config(folder: Path) -> None:
         load_backbone(folder, device="cpu")
 
 
+def test_broken_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "BPE"}}')
+    with pytest.raises(UsageError, match="cannot load"):
+        load_backbone(folder, device="cpu")
+
+
 def test_broken_gguf(tmp_path: Path) -> None:
     (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(range(64)))
     with pytest.raises(UsageError, match=r"broken.gguf"):
@@ -272,3 +278,28 @@ def test_tokenizer_larger_than_the_embedding() -> None:
     tokenizer.add_tokens(["new"])
     with pytest.raises(UsageError, match="ids up to 97, the backbone's embedding has 97 rows"):
         load_backbone(tiny_model(), tokenizer=tokenizer, device="cpu")
+
+
+# ---------------------------------------------------------------------- tokenizers of GGUF files
+
+
+def cut(pre: str | None) -> list[str]:
+    from dihal.backbone.gguf_file import _byte_level
+
+    tokens = sorted(tiny_tokenizer(260).get_vocab(), key=tiny_tokenizer(260).get_vocab().__getitem__)
+    tokenizer = _byte_level(tokens, [3] * 4 + [1] * 256, [], pre, {"eos_token": "</s>"})
+    text = "It's  1234 x_Y</s>!\n"
+    ids = tokenizer(text).input_ids
+    assert tokenizer.decode(ids) == text
+    assert 1 in ids  # the special token inside the text
+    pieces = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("It's  1234 x_Y!\n")
+    return [piece.replace("Ġ", " ").replace("Ċ", "\n") for piece, _ in pieces]
+
+
+def test_gguf_rules_for_cutting_text() -> None:
+    assert cut("gpt-2") == cut(None) == ["It", "'s", " ", " 1234", " x", "_", "Y", "!", "\n"]
+    assert cut("smollm") == ["It", "'s", "  ", "1", "2", "3", "4", " x", "_", "Y", "!", "\n"]
+    assert cut("llama-bpe") == ["It", "'s", " ", " ", "123", "4", " x", "_Y", "!\n"]
+    assert cut("qwen2") == ["It", "'s", " ", " ", "1", "2", "3", "4", " x", "_Y", "!\n"]
+    with pytest.warns(UserWarning, match="by rule 'martian', which is not known"):
+        assert cut("martian") == cut("gpt-2")

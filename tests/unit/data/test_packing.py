@@ -163,6 +163,7 @@ def test_documents_are_drawn_whole_until_enough_tokens():
     lengths = (20,) * 12
     few = _windows(lengths, tokens=50, seed=3)
     assert [document.tokens for document in few.documents] == [20, 20, 20]
+    assert len(_windows(lengths, tokens=60, seed=3).documents) == 3
     more = _windows(lengths, tokens=100, seed=3)
     assert more.documents[:3] == few.documents
     assert torch.equal(more.input_ids[: len(few)], few.input_ids)

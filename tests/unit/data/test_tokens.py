@@ -43,7 +43,16 @@ def test_bytes_up_to_a_character_boundary_are_exact(tokenizer):
 def test_bytes_with_gaps_and_shared_spans():
     # as a tokenizer that trims spaces gives it: "é" in two tokens, a space in no token, a trailing newline in none
     assert token_bytes("é a\n", [(0, 1), (0, 1), (2, 3)]) == [2, 0, 3]
+    # spans out of order, as a normaliser that swaps marks may give them: nothing counts twice, nothing below zero
+    assert token_bytes("abc", [(0, 2), (0, 1), (2, 3)]) == [2, 0, 1]
+    assert token_bytes("", []) == []
     assert token_bytes("x🙂", [(0, 1), (1, 2), (1, 2), (1, 2), (1, 2)]) == [1, 4, 0, 0, 0]
+
+
+@pytest.mark.parametrize("code", [0x7F, 0x80, 0x7FF, 0x800, 0xFFFF, 0x10000, 0x10FFFF])
+def test_bytes_at_the_edges_of_utf8(code):
+    text = "a" + chr(code) + "b"
+    assert token_bytes(text, [(0, 1), (1, 2), (2, 3)]) == [1, len(chr(code).encode()), 1]
 
 
 def test_tokens_are_the_tokenizers_own_without_special_tokens(tokenizer):

@@ -41,7 +41,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text.jsonl"
     rng = random.Random(0)
-    words = "the a state bridge layer noise split token suffix prefix model".split()
+    words = ["the", "a", "state", "bridge", "layer", "noise", "split", "token", "suffix", "prefix", "model"]
     lines = [json.dumps({"text": " ".join(rng.choices(words, k=60))}) for _ in range(40)]
     path.write_text("\n".join(lines) + "\n")
     return path

@@ -64,10 +64,15 @@ def test_swap_is_undone_exactly_even_by_an_error() -> None:
             p.add_(1.0)
     own = {name: value.clone() for name, value in net.state_dict().items()}
     pointers = [p.data_ptr() for p in net.parameters()]
-    with pytest.raises(RuntimeError, match="inside"), ema.swapped():
-        assert all(torch.equal(net.get_parameter(name), value) for name, value in ema.state_dict().items())
-        assert torch.equal(net[0].bias, own["0.bias"])
-        raise RuntimeError("inside")
+
+    def fails() -> None:
+        with ema.swapped():
+            assert all(torch.equal(net.get_parameter(name), value) for name, value in ema.state_dict().items())
+            assert torch.equal(net[0].bias, own["0.bias"])
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        fails()
     assert all(torch.equal(value, own[name]) for name, value in net.state_dict().items())
     assert pointers == [p.data_ptr() for p in net.parameters()]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -31,7 +32,7 @@ def test_decay_ends_with_the_budget(decay: str, middle: float, end: float) -> No
     assert lr_factor(1.0, config) == pytest.approx(end)
     assert lr_factor(1.7, config) == pytest.approx(end)
     rates = [lr_factor(0.1 + 0.009 * k, config) for k in range(101)]
-    assert all(a >= b - 1e-12 for a, b in zip(rates, rates[1:]))
+    assert all(a >= b - 1e-12 for a, b in itertools.pairwise(rates))
 
 
 def test_cosine_has_the_cosine_shape() -> None:
@@ -99,5 +100,5 @@ def test_a_state_of_another_network_is_refused() -> None:
     with pytest.raises(UsageError, match=r"missing \['0"):
         load_optimizer_state(module, optimizer, renamed)
     reshaped = {**state, "0.weight/exp_avg": torch.zeros(5, 5)}
-    with pytest.raises(UsageError, match="0.weight/exp_avg has shape"):
+    with pytest.raises(UsageError, match=r"0\.weight/exp_avg has shape"):
         load_optimizer_state(module, optimizer, reshaped)

@@ -59,18 +59,18 @@ def wait_for_step(config: TrainConfig, step: int, process: subprocess.Popen[str]
 
 
 def test_stopped_and_resumed_equals_uninterrupted(make: Make, tmp_path: Path) -> None:
-    whole = make(steps=150, out=tmp_path / "whole", **{"log.every": 5, "trainer.validate_batches": 0})
+    whole = make(steps=60, out=tmp_path / "whole", **{"log.every": 5, "trainer.validate_batches": 0})
     process = start(whole, tmp_path / "job")
     wait_for_step(whole, 10, process)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode == 143
     stopped = load_checkpoint(whole.out).state["step"]
-    assert 10 <= stopped < 150
+    assert 10 <= stopped < 60
     again = start(resumed(whole), tmp_path / "job2")
     _, errors = again.communicate(timeout=120)
     assert again.returncode == 0, errors
-    straight = make(steps=150, out=tmp_path / "straight", **{"log.every": 5, "trainer.validate_batches": 0})
+    straight = make(steps=60, out=tmp_path / "straight", **{"log.every": 5, "trainer.validate_batches": 0})
     other = start(straight, tmp_path / "job3")
     _, errors = other.communicate(timeout=120)
     assert other.returncode == 0, errors

@@ -37,7 +37,6 @@ NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine w
         ({"backbone.dtype": "bfloat16", "trainer.precision": "32-true"}, "bf16-mixed"),
         ({"backbone.dtype": "float16"}, "float16"),
         ({"backbone.device": "cuda"}, "contradict"),
-        ({"data.sequence_length": 5000, "budget.tokens": 100_000}, "1024 positions"),
         ({"data.source": "/nowhere/text.txt"}, "nowhere"),
         ({"backbone.id": "/nowhere/model"}, "nowhere"),
     ],
@@ -45,6 +44,15 @@ NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine w
 def test_bad_options(make: Make, changes: dict, named: str) -> None:
     with pytest.raises(UsageError, match=named):
         train(make(**changes))
+
+
+def test_a_sequence_longer_than_learned_positions(make: Make) -> None:
+    from dihal.training.run import _check_length
+
+    _check_length(make(**{"data.sequence_length": 1024}), tiny_backbone("gpt2", num_blocks=1))
+    with pytest.raises(UsageError, match="1024 positions"):
+        _check_length(make(**{"data.sequence_length": 1025}), tiny_backbone("gpt2", num_blocks=1))
+    _check_length(make(**{"data.sequence_length": 1025}), tiny_backbone(num_blocks=1))
 
 
 @NO_GPU

@@ -46,6 +46,7 @@ def write_gguf(path: Path, model: Any) -> None:
     writer.add_vocab_size(config.vocab_size)
     vocab = tiny_tokenizer(config.vocab_size).get_vocab()
     writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
     # A GGUF tokenizer has at least one merge: its token takes the last id.
     writer.add_token_list([*sorted(vocab, key=vocab.__getitem__)[:-1], "ab"])
     writer.add_token_types([3] * 4 + [1] * (len(vocab) - 4))

@@ -1,0 +1,369 @@
+"""Evaluation from checkpoints to files on a tiny backbone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from dihal.backbone import load_backbone
+from dihal.checkpoint import load_checkpoint, save_checkpoint
+from dihal.config import BackboneConfig, DataConfig, EvalConfig, LeaderboardConfig
+from dihal.data.module import TextDataModule
+from dihal.errors import UsageError
+from dihal.evaluation.generation import Scorer, pick_prompts
+from dihal.evaluation.leaderboard import leaderboard
+from dihal.evaluation.result import read_result
+from dihal.evaluation.run import evaluate
+from dihal.restore import restore_method
+from tests.unit.evaluation.kit import LENGTH, backbone_folder, make_run, text_file, train_config
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluation")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DIHAL_CACHE", str(folder / "cache"))
+        make_run(folder, "bridge", steps=60)
+        make_run(folder, "regression", steps=30, split=1, method="regression")
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def config(root):
+    return EvalConfig(
+        checkpoints=(str(root / "bridge"), str(root / "regression")),
+        tokens=700,
+        batch_size=4,
+        steps=(1, 3),
+        samples=3,
+        prompt_tokens=8,
+        new_tokens=10,
+        bootstrap=200,
+        out=str(root / "out"),
+    )
+
+
+@pytest.fixture(scope="module")
+def results(config):
+    return {result.name: result for result in map(read_result, evaluate(config))}
+
+
+def value(result, metric: str, steps: int = 0):
+    return result.metrics[str(steps)][metric].value
+
+
+def test_every_row_is_there(results):
+    controls = {f"{name}@{split}" for name in ("identity", "embedding", "mean-state", "untrained") for split in (1, 2)}
+    assert set(results) == controls | {"backbone", "unigram", "real-text", "bridge", "regression"}
+    assert set(results["bridge"].metrics) == {"1", "3"}
+    assert set(results["regression"].metrics) == {"1"}, "a regression has one step"
+
+
+def test_identity_equals_the_backbone_exactly(results):
+    for split in (1, 2):
+        found = results[f"identity@{split}"]
+        assert value(found, "kl") == 0
+        assert value(found, "agreement") == 1
+        assert value(found, "explained_variance") == 1
+        assert value(found, "cosine") == 1
+        assert value(found, "sink_error") == 0
+        assert value(found, "nll") == value(results["backbone"], "nll")
+    assert results["backbone"].details["own_forward_max_logit_difference"] == 0
+
+
+def test_training_helped(results):
+    assert value(results["bridge"], "kl", 1) < value(results["mean-state@2"], "kl")
+    assert (
+        value(results["bridge"], "explained_variance", 1)
+        > value(results["untrained@2"], "explained_variance", 1) + 0.05
+    )
+    assert value(results["regression"], "kl", 1) < value(results["mean-state@1"], "kl")
+
+
+def test_numbers_equal_a_direct_computation(root, config, results):
+    """The whole pass, once more in fp64 from full logits, window by window."""
+    checkpoint = load_checkpoint(root / "bridge")
+    backbone = load_backbone(checkpoint.config.backbone.id, device="cpu")
+    method, held = restore_method(checkpoint, backbone)
+    assert held == "ema"
+    data = TextDataModule(
+        checkpoint.config.data,
+        tokenizer=backbone.tokenizer,
+        tokenizer_fingerprint=backbone.tokenizer_fingerprint,
+        start_token_id=backbone.start_token_id,
+        end_token_id=backbone.end_token_id,
+    )
+    windows = data.evaluation_windows(tokens=config.tokens, seed=config.seed)
+    kl = nll = agree = count = 0.0
+    truths, guesses = [], []
+    for row in range(len(windows)):
+        length = int(windows.attention_mask[row].sum())
+        ids = windows.input_ids[row : row + 1, :length]
+        log_p = backbone.forward(ids).detach().double().log_softmax(-1)[0, :-1]
+        state = method.states(backbone, ids, steps=1, seed=config.seed, sample_ids=torch.tensor([row]))
+        log_q = backbone.suffix(state, 2).detach().double().log_softmax(-1)[0, :-1]
+        kl += float((log_p.exp() * (log_p - log_q)).sum())
+        nll -= float(log_q.gather(-1, ids[0, 1:, None]).sum())
+        agree += float((log_p.argmax(-1) == log_q.argmax(-1)).sum())
+        count += length - 1
+        truths.append(backbone.prefix(ids, 2).detach().double()[0, 1:])
+        guesses.append(state.double()[0, 1:])
+    truth, guess = torch.cat(truths), torch.cat(guesses)
+    keep = truth.norm(dim=-1) <= 10 * truth.norm(dim=-1).median()
+    truth, guess = truth[keep], guess[keep]
+    bridge = results["bridge"]
+    assert sum(bridge.per_document["1"]["tokens"]) == count
+    assert value(bridge, "kl", 1) == pytest.approx(kl / count, rel=1e-4)
+    assert value(bridge, "nll", 1) == pytest.approx(nll / count, rel=1e-5)
+    assert value(bridge, "agreement", 1) == pytest.approx(agree / count, abs=1.5 / count)
+    spread = (truth - truth.mean(0)).square().sum()
+    explained = 1 - float((guess - truth).square().sum() / spread)
+    assert value(bridge, "explained_variance", 1) == pytest.approx(explained, rel=1e-5)
+    texts = {document.key: document.text for document in data.validation_documents}
+    size = sum(len(texts[key].encode()) for key in bridge.documents)
+    assert value(bridge, "bits_per_byte", 1) == pytest.approx(nll / np.log(2) / size, rel=1e-5)
+
+
+def test_unigram_is_the_training_frequencies_plus_one(root, results):
+    config = train_config(root)
+    backbone = load_backbone(config.backbone.id, device="cpu")
+    data = TextDataModule(
+        config.data,
+        tokenizer=backbone.tokenizer,
+        tokenizer_fingerprint=backbone.tokenizer_fingerprint,
+        start_token_id=backbone.start_token_id,
+        end_token_id=backbone.end_token_id,
+    )
+    counts = np.bincount(data.train_tokens.tokens, minlength=backbone.vocab_size) + 1.0
+    windows = data.evaluation_windows(tokens=700, seed=0)
+    targets = windows.input_ids[:, 1:][windows.loss_mask[:, :-1]].numpy()
+    assert value(results["unigram"], "nll") == pytest.approx(-np.log(counts / counts.sum())[targets].mean(), rel=1e-5)
+    assert value(results["unigram"], "explained_variance") is None
+
+
+def test_differences_are_paired_against_the_reference(results):
+    bridge, backbone = results["bridge"], results["backbone"]
+    found = bridge.metrics["1"]["nll"]
+    assert found.difference == pytest.approx(found.value - value(backbone, "nll"))
+    assert found.difference_high - found.difference_low < found.high - found.low
+    assert backbone.metrics["0"]["nll"].difference == 0
+    assert bridge.documents == backbone.documents
+
+
+def test_generation_has_fixed_length_and_is_self_graded(results):
+    for name, steps in (("backbone", {"0"}), ("bridge", {"1", "3"}), ("unigram", {"0"}), ("real-text", {"0"})):
+        assert set(results[name].text) == steps
+        for found in results[name].text.values():
+            assert (found.samples, found.new_tokens, found.scored_tokens) == (3, 10, 30)
+            assert found.self_graded
+            assert len(found.texts) == 3
+            assert found.generative_perplexity == pytest.approx(np.exp(found.generative_nll))
+    assert results["real-text"].text["0"].tokens_per_second is None
+    assert results["identity@2"].text == {}
+    assert results["backbone"].text["0"].generative_nll < results["unigram"].text["0"].generative_nll
+
+
+def test_costs_and_origin(results):
+    bridge = results["bridge"]
+    assert bridge.cost.diffused_tokens == load_checkpoint(bridge.checkpoint["path"]).state["tokens"]
+    assert bridge.cost.nfe == {"1": 1, "3": 3}
+    assert bridge.cost.trainable_parameters > 0
+    assert bridge.cost.frozen_parameters < results["backbone"].cost.frozen_parameters
+    assert bridge.comparable.budget is not None
+    assert results["backbone"].comparable.budget is None
+    assert bridge.comparable.sequence_length == LENGTH
+    assert set(bridge.provenance) >= {"commit", "dirty", "versions", "hardware", "command", "time"}
+    assert bridge.config["data"]["source"].endswith("text.jsonl"), "the resolved data, not null"
+
+
+def test_the_leaderboard_of_it(config, results):
+    table = leaderboard(LeaderboardConfig(results=(config.out,), out=config.out))
+    assert table.row_count == len(results)
+
+
+def test_batches_do_not_change_results(root, config, results):
+    again = dataclasses.replace(
+        config, batch_size=1, samples=0, out=str(root / "one"), checkpoints=config.checkpoints[:1]
+    )
+    found = {result.name: result for result in map(read_result, evaluate(again))}
+    for steps in (1, 3):
+        for metric in ("kl", "nll", "explained_variance"):
+            assert value(found["bridge"], metric, steps) == pytest.approx(
+                value(results["bridge"], metric, steps), rel=1e-4
+            )
+
+
+def test_finished_rows_are_kept_and_missing_ones_made_again(root, config, results, monkeypatch):
+    from pathlib import Path
+
+    folder = Path(config.out)
+    before = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.json")}
+    (folder / "mean-state@2.json").unlink()
+    (folder / "unigram.json").write_text("{")  # a damaged file is measured again, not trusted
+    evaluate(config)
+    after = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.json")}
+    changed = {name for name in after if after[name] != before.get(name)}
+    assert changed == {"mean-state@2.json", "unigram.json"}
+    again = read_result(folder / "mean-state@2.json")
+    assert again.metrics == results["mean-state@2"].metrics
+    # Another option that decides numbers: everything is measured again.
+    evaluate(dataclasses.replace(config, seed=1, samples=0))
+    assert all(path.stat().st_mtime_ns != after[path.name] for path in folder.glob("bridge.json"))
+
+
+def fast(root, **changes) -> EvalConfig:
+    base = EvalConfig(
+        checkpoints=(str(root / "bridge"),), tokens=200, steps=(1,), samples=0, bootstrap=20, out=str(root / "fast")
+    )
+    return dataclasses.replace(base, **changes)
+
+
+def test_no_checkpoint_measures_the_bounds(root):
+    data = DataConfig(source=str(root / "text.jsonl"), sequence_length=LENGTH, validation_fraction=0.4)
+    backbone = BackboneConfig(id=str(root / "backbone"), device="cpu")
+    files = evaluate(fast(root, checkpoints=(), data=data, backbone=backbone, out=str(root / "bounds")))
+    assert [path.stem for path in files] == ["backbone", "unigram"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": ()}, "steps must name"),
+        ({"steps": (0,)}, "steps must name"),
+        ({"tokens": 0}, "tokens must be at least 1"),
+        ({"confidence": 1.0}, "confidence must lie"),
+        ({"temperature": -0.5}, "must not be negative"),
+        ({"scorer": "gpt2"}, "samples is 0"),
+        ({"reference": "backbon"}, "Did you mean 'backbone'"),
+        ({"samples": 50, "prompt_tokens": 20, "new_tokens": 20}, "evaluation windows have 20 \\+ 20 tokens"),
+    ],
+)
+def test_options_out_of_range(root, changes, message):
+    with pytest.raises(UsageError, match=message):
+        evaluate(fast(root, **changes))
+
+
+def test_the_same_checkpoint_twice(root):
+    with pytest.raises(UsageError, match="named twice"):
+        evaluate(fast(root, checkpoints=(str(root / "bridge"), str(root / "bridge"))))
+
+
+def test_another_backbone_is_refused_by_field(root):
+    other = backbone_folder(root / "other-backbone", seed=5)
+    with pytest.raises(UsageError, match="fingerprint"):
+        evaluate(fast(root, backbone=BackboneConfig(id=str(other), device="cpu")))
+    family = backbone_folder(root / "gpt2-backbone", family="gpt2")
+    with pytest.raises(UsageError, match="family 'llama'"):
+        evaluate(fast(root, backbone=BackboneConfig(id=str(family), device="cpu")))
+
+
+def test_another_tokenizer_is_refused(root, tmp_path):
+    import shutil
+
+    copy = tmp_path / "backbone"
+    shutil.copytree(root / "backbone", copy)
+    rules = json.loads((copy / "tokenizer.json").read_text())
+    vocab = rules["model"]["vocab"]
+    first, second = sorted(vocab, key=vocab.get)[40:42]
+    vocab[first], vocab[second] = vocab[second], vocab[first]
+    (copy / "tokenizer.json").write_text(json.dumps(rules))
+    with pytest.raises(UsageError, match="tokenizer_fingerprint"):
+        evaluate(fast(root, backbone=BackboneConfig(id=str(copy), device="cpu")))
+
+
+def edited_checkpoint(root, name: str, **manifest):
+    """A copy of the bridge's checkpoint whose manifest says something else (validly sealed)."""
+    checkpoint = load_checkpoint(root / "bridge")
+    extra = {k: v for k, v in checkpoint.manifest.items() if k not in ("format", "files", "aliases", "sha256")}
+    save_checkpoint(
+        root / name,
+        tensors={"model": checkpoint.tensors("model")},
+        state=checkpoint.state,
+        config=checkpoint.raw_config,
+        manifest_extra={**extra, **manifest},
+    )
+    return root / name
+
+
+@pytest.mark.parametrize(
+    ("field", "manifest"),
+    [
+        ("tokenizer_fingerprint", {"tokenizer_fingerprint": "other"}),
+        ("data_fingerprint.validation", {"data_fingerprint": {"train": "a", "validation": "b"}}),
+    ],
+)
+def test_checkpoints_that_cannot_share_a_table(root, field, manifest):
+    other = edited_checkpoint(root, f"edited-{field}", **manifest)
+    with pytest.raises(UsageError, match=f"differ in {field}"):
+        evaluate(fast(root, checkpoints=(str(root / "bridge"), str(other))))
+
+
+def test_text_that_changed_since_training_is_refused(root):
+    other = edited_checkpoint(root, "changed", data_fingerprint={"train": "a", "validation": "b"})
+    with pytest.raises(UsageError, match="the text changed since"):
+        evaluate(fast(root, checkpoints=(str(other),)))
+
+
+def test_validation_text_that_was_trained_on_is_refused(root):
+    data = DataConfig(source=str(root / "text.jsonl"), sequence_length=LENGTH, validation_fraction=0.9)
+    with pytest.raises(UsageError, match="were training documents"):
+        evaluate(fast(root, data=data))
+
+
+def test_other_unseen_text_is_measured(root):
+    text_file(root / "other.jsonl", seed=9)
+    data = DataConfig(source=str(root / "other.jsonl"), sequence_length=LENGTH, validation_fraction=0.5)
+    files = evaluate(fast(root, data=data, out=str(root / "unseen")))
+    assert value(read_result(files[1]), "kl") == 0
+
+
+def test_a_checkpoint_without_an_average_is_measured_raw(root):
+    other = edited_checkpoint(root, "raw")
+    files = {path.stem: path for path in evaluate(fast(root, checkpoints=(str(other),), out=str(root / "raw-out")))}
+    assert read_result(files["raw"]).checkpoint["weights"] == "raw"
+
+
+def test_unwritable_output(root, tmp_path):
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(UsageError, match="cannot write to the output folder"):
+        evaluate(fast(root, out=str(tmp_path / "taken")))
+
+
+def test_a_scorer_with_other_tokens_scores_the_same_text(root):
+    """Retokenised, each new token is scored once; a scorer of another family is not self-graded."""
+    from tests.kit import tiny_backbone
+
+    writer, scorer = tiny_backbone(vocab=270), tiny_backbone("gpt2", vocab=120, seed=3)
+    judge = Scorer(scorer, writer)
+    assert not judge.self_graded
+    assert Scorer(writer, writer).self_graded
+    prompt = torch.tensor([[0, *writer.tokenizer("abc def", add_special_tokens=False).input_ids]])
+    new = torch.tensor([writer.tokenizer(" ghi.", add_special_tokens=False).input_ids])
+    total, count = judge.nll(prompt, new)
+    assert count == 5, "one byte a token in both"
+    ids = torch.tensor([[0, *scorer.tokenizer("abc def ghi.", add_special_tokens=False).input_ids]])
+    log_q = scorer.forward(ids).detach().double().log_softmax(-1)[0, :-1]
+    wanted = -log_q.gather(-1, ids[0, 1:, None])[-5:].sum()
+    assert total == pytest.approx(float(wanted), rel=1e-5)
+
+
+def test_prompts_take_one_window_per_document_first(root, config):
+    checkpoint = load_checkpoint(root / "bridge")
+    backbone = load_backbone(checkpoint.config.backbone.id, device="cpu")
+    data = TextDataModule(
+        checkpoint.config.data,
+        tokenizer=backbone.tokenizer,
+        tokenizer_fingerprint=backbone.tokenizer_fingerprint,
+        start_token_id=backbone.start_token_id,
+        end_token_id=backbone.end_token_id,
+    )
+    windows = data.evaluation_windows(tokens=700)
+    prompts = pick_prompts(windows, samples=3, prompt_tokens=8, new_tokens=10)
+    assert prompts.prompts.shape == (3, 8)
+    assert prompts.real.shape == (3, 10)
+    assert (prompts.prompts[:, 0] == backbone.start_token_id).all()
+    assert len({tuple(row) for row in prompts.prompts.tolist()}) == 3

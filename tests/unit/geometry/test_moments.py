@@ -1,0 +1,81 @@
+"""Streaming moments against direct fp64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dihal.geometry.moments import Moments, correlation, gram, spectrum, spectrum_and_basis
+
+
+def states(n: int, d: int, seed: int = 0) -> torch.Tensor:
+    """Like a residual stream: uneven spectrum, a mean far larger than the spread in some channels."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.logspace(0, -2, d)
+    mean = torch.zeros(d)
+    mean[: d // 4] = 300.0
+    return torch.randn(n, d, generator=generator) * scale @ torch.randn(d, d, generator=generator) * 0.3 + mean
+
+
+@pytest.mark.parametrize("d", [48, 400])
+@pytest.mark.parametrize("chunk", [7, 100, 1000])
+def test_moments_equal_direct_fp64(d: int, chunk: int) -> None:
+    x = states(1000, d)
+    moments = Moments(x[:50].mean(0), torch.float32)
+    for part in x.split(chunk):
+        moments.add(part)
+    exact = x.double()
+    cov = torch.cov(exact.T, correction=0)
+    assert moments.count == 1000
+    assert float((moments.mean - exact.mean(0)).norm() / exact.mean(0).norm()) < 1e-7
+    assert float((moments.covariance - cov).norm() / cov.norm()) < 1e-6
+    # every entry, on the scale of its own two channels
+    scale = cov.diagonal().sqrt()
+    assert float(((moments.covariance - cov) / torch.outer(scale, scale)).abs().max()) < 1e-5
+    e, direct = spectrum(moments.covariance), spectrum(cov)
+    assert float((e - direct).abs().max() / direct[0]) < 1e-6
+
+
+def test_merging_equals_adding_everything() -> None:
+    x = states(300, 20)
+    shift = x[:10].mean(0)
+    parts = [Moments(shift, torch.float32) for _ in range(3)]
+    parts[0].add(x[:120])
+    parts[1].add(x[120:])
+    parts[2].add(x)
+    both = parts[0].merged(parts[1])
+    assert both.count == 300
+    torch.testing.assert_close(both.covariance, parts[2].covariance, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(both.mean, parts[2].mean)
+    assert parts[0].count == 120
+
+
+@pytest.mark.parametrize("d", [5, 384, 500])
+def test_gram_is_symmetric_and_complete(d: int) -> None:
+    x = torch.randn(60, d, dtype=torch.float64)
+    product = gram(x)
+    torch.testing.assert_close(product, x.T @ x)
+    assert torch.equal(product, product.T)
+
+
+def test_correlation_leaves_a_constant_channel_at_zero() -> None:
+    x = states(200, 6).double()
+    x[:, 2] = 5.0
+    cov = torch.cov(x.T, correction=0)
+    corr, std = correlation(cov)
+    live = [0, 1, 3, 4, 5]
+    torch.testing.assert_close(corr[live][:, live], torch.corrcoef(x[:, live].T))
+    assert not corr[2].any()
+    assert not corr[:, 2].any()
+    assert std[2].isinf()
+    assert corr.isfinite().all()
+
+
+def test_spectrum_is_descending_non_negative_and_rebuilds_the_matrix() -> None:
+    x = torch.randn(10, 30, dtype=torch.float64)  # rank 9 < 30
+    cov = torch.cov(x.T, correction=0)
+    e, basis = spectrum_and_basis(cov)
+    assert (e >= 0).all()
+    assert (e[:-1] >= e[1:]).all()
+    torch.testing.assert_close(basis * e @ basis.T, cov)
+    torch.testing.assert_close(spectrum(cov), e)
