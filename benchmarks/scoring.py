@@ -78,7 +78,12 @@ def cost(arguments: argparse.Namespace) -> dict[str, Any]:
         score_layers(backbone, texts, dataclasses.replace(config, tokens=8 * config.sequence_length, bootstrap=10))
     runs = {}
     plain = []
-    for name, bootstrap in (("plain", None), ("score, no intervals", 0), ("score, intervals", config.bootstrap), ("plain again", None)):
+    for name, bootstrap in (
+        ("plain", None),
+        ("score, no intervals", 0),
+        ("score, intervals", config.bootstrap),
+        ("plain again", None),
+    ):
         with Clock(backbone.device) as clock:
             if bootstrap is None:
                 plain_forward(backbone, chunks)
@@ -137,7 +142,11 @@ def show(result: dict[str, Any]) -> None:
             table.add_column(header, justify="left" if header == "run" else "right")
         for name, run in result["runs"].items():
             table.add_row(
-                name, f"{run['wall_s']:.1f}", f"{run['wall_ratio']:.2f}", f"{run['cpu_s']:.1f}", f"{run['cpu_ratio']:.2f}"
+                name,
+                f"{run['wall_s']:.1f}",
+                f"{run['wall_ratio']:.2f}",
+                f"{run['cpu_s']:.1f}",
+                f"{run['cpu_ratio']:.2f}",
             )
         console.print(table)
     if "memory" in result:

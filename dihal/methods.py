@@ -116,6 +116,13 @@ class Method(nn.Module):
                 "the weights method.objective.state, .cross_entropy and .kl must not be negative, "
                 f"and one must be positive; got {weights}."
             )
+        if not 0.0 <= config.objective.corruption <= 0.5:
+            raise UsageError(f"method.objective.corruption is {config.objective.corruption}; it must be in [0, 0.5].")
+        if config.objective.corruption > 0 and config.objective.cross_entropy > 0:
+            raise UsageError(
+                "method.objective.corruption makes the next token random: it cannot be trained with cross_entropy. "
+                "Set one of them to 0."
+            )
         self.config = config
         self.dim = dim
         self.noise_scale = noise_scale
@@ -224,6 +231,8 @@ class Method(nn.Module):
         """
         objective = self.config.objective
         ids, mask = batch.input_ids, batch.attention_mask
+        if objective.corruption > 0:
+            ids = _corrupt(ids, batch.sample_ids, objective.corruption, seed, backbone.vocab_size)
         position_ids = positions_of(mask)
         full = bool(batch.full)  # known on the host: no padding means the fast attention path everywhere
         attention_mask = None if full else mask
@@ -399,6 +408,15 @@ class Method(nn.Module):
     def evaluations(self, steps: int, sampler: str | None = None) -> int:
         """Number of function evaluations (NFE) of :meth:`states`."""
         return evaluations_per_estimate(self.config.sampler.guidance) * nfe(self.config.sampler.name if sampler is None else sampler, steps)
+
+
+def _corrupt(ids: TokenIds, sample_ids: Int[Tensor, " batch"], mean: float, seed: int, vocab: int) -> TokenIds:
+    """Replace a share of the tokens, uniform in [0, 2 ``mean``] per sequence, by random ones; never the first."""
+    rate = 2 * mean * uniform(seed, sample_ids, "corruption/rate").unsqueeze(-1)
+    chosen = uniform(seed, sample_ids, "corruption/place", (ids.shape[1],)) < rate
+    chosen[:, 0] = False
+    random = (vocab * uniform(seed, sample_ids, "corruption/token", (ids.shape[1],), dtype=torch.float64)).long()
+    return torch.where(chosen, random, ids)
 
 
 def _own_dtype(backbone: Backbone) -> torch.autocast:

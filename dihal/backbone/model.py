@@ -71,8 +71,6 @@ class Backbone:
             f"hidden_size={self.hidden_size}, dtype={self.dtype}, device={str(self.device)!r})"
         )
 
-    # ------------------------------------------------------------------ what it is
-
     @property
     def config(self) -> Any:
         """The Hugging Face config."""
@@ -168,8 +166,6 @@ class Backbone:
         """The token between documents; None where the model has none."""
         return special_id("eos_token_id", self._tokenizer, self.config)
 
-    # ------------------------------------------------------------------ running it
-
     def _run(
         self,
         view: nn.Module,
@@ -250,15 +246,8 @@ class Backbone:
     ) -> State:
         """Run blocks ``split`` .. L-1 and the final norm on a state h^split; `head` makes logits of the result.
 
-        Args:
-            state: h^split of the new tokens; cast to the backbone's dtype.
-            split: index of the first block that runs, 0 .. L-1.
-            attention_mask: padding, over cached and new tokens.
-            position_ids: positions of the new tokens; None: counted (see the class).
-            cache: from ``new_cache(split, L)``; grows by the new tokens.
-
-        Raises:
-            UsageError: split out of range; state, mask or cache that do not fit.
+        The state is cast to the backbone's dtype; the cache is one of ``new_cache(split, L)``. All
+        else is as in `prefix`.
         """
         require_split(split, self.num_blocks)
         require_state(state, self.hidden_size)
@@ -340,18 +329,10 @@ class Backbone:
         require_block_range(first_block, last_block, self.num_blocks)
         return BlockCache(self.config, first_block, last_block)
 
-    # ------------------------------------------------------------------ its weights
-
     def linear_names(self, first_block: int = 0) -> list[str]:
         """Full names of every linear layer of attention and MLP in blocks ``first_block`` .. L-1."""
         require_block_range(first_block, self.num_blocks, self.num_blocks)
-        path = f"{self.layout.decoder}.{self.layout.blocks}"
-        return [
-            f"{path}.{index}.{name}"
-            for index, block in enumerate(self.blocks)
-            if index >= first_block
-            for name, _ in weights.linear_layers(block)
-        ]
+        return weights.linear_names(self, first_block)
 
     @property
     def lora_targets(self) -> tuple[str, ...]:
@@ -360,13 +341,13 @@ class Backbone:
 
     @property
     def layers_pattern(self) -> str:
-        """Name of the list of blocks: peft's ``layers_pattern``, beside ``layers_to_transform``."""
+        """Name of the list of blocks: peft's ``layers_pattern``."""
         return self.layout.blocks
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of all weights, tied ones once."""
-        return sum(parameter.numel() * parameter.element_size() for parameter in self.model.parameters())
+        return sum(weight.nbytes for weight in self.model.parameters())
 
     def parameter_count(self, first_block: int = 0, *, embedding: bool = True, head: bool = True) -> int:
         """Weights in blocks ``first_block`` .. L-1, with the embedding and with final norm and head if asked; tied ones once."""
@@ -405,12 +386,8 @@ class Backbone:
 
         Two per weight of every linear layer, plus four per attended position and attention channel
         (products with keys and with values). Norms, activations and rotations are not counted.
-
-        Args:
-            first_block: first block that runs.
-            last_block: one past the last.
-            context: positions attended to, on average; (T + 1) / 2 for a causal sequence of T.
-                Sliding windows shorten it.
+        ``context`` is the mean number of positions attended to, (T + 1) / 2 for a causal sequence
+        of T; sliding windows shorten it.
         """
         require_block_range(first_block, last_block, self.num_blocks)
         return weights.block_flops(self, range(first_block, last_block), context)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from dihal.backbone.model import Backbone
 
-__all__ = ["block_flops", "fingerprint", "linear_layers", "named_weights"]
+__all__ = ["block_flops", "fingerprint", "linear_layers", "linear_names", "named_weights"]
 
 
 def _own(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -62,6 +62,13 @@ def linear_layers(block: nn.Module) -> list[tuple[str, nn.Module]]:
     from transformers.pytorch_utils import Conv1D
 
     return [(name, module) for name, module in block.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+
+
+def linear_names(backbone: Backbone, first_block: int) -> list[str]:
+    """See `Backbone.linear_names`."""
+    path = f"{backbone.layout.decoder}.{backbone.layout.blocks}"
+    blocks = list(enumerate(backbone.blocks))[first_block:]
+    return [f"{path}.{index}.{name}" for index, block in blocks for name, _ in linear_layers(block)]
 
 
 def _window(backbone: Backbone, index: int) -> float:

@@ -86,6 +86,8 @@ class ObjectiveConfig:
     """A token whose normalised norm exceeds this multiple of sqrt(d) counts by its relative error instead."""
     condition_dropout: float = 0.0
     """Probability that a sequence is trained without its condition (classifier-free guidance)."""
+    corruption: float = 0.0
+    """Mean share of tokens replaced by random vocabulary entries, per sequence uniform in [0, twice this]. The targets are the backbone's own on the changed tokens, so they stay exact; not with `cross_entropy`."""
     suffix_start: float = 0.0
     """Share of the budget after which the terms read by the suffix begin; before it only the state error is trained."""
     logit_chunk: int = 1_024

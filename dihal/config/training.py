@@ -13,8 +13,10 @@ __all__ = ["LogConfig", "OptimConfig", "TrainConfig", "TrainerConfig"]
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW and its schedule, in shares of the budget."""
+    """Optimiser and its schedule, in shares of the budget."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """`muon`: Muon on the block matrices, AdamW on the rest, at one learning rate."""
     lr: float = 1e-3
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.98)

@@ -198,8 +198,7 @@ class Scorer:
     @property
     def self_graded(self) -> bool:
         """Whether it is the writer, or of its family or vocabulary: such a scorer favours its kin."""
-        own, other = self._scorer.reference, self._writer.reference
-        return own.id == other.id or own.family == other.family or self._same_tokens
+        return self._scorer.reference.family == self._writer.reference.family or self._same_tokens
 
     @torch.no_grad()
     def nll(self, prompts: Int[Tensor, "samples prompt"], new: Int[Tensor, "samples new"]) -> tuple[float, int]:

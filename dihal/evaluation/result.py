@@ -7,6 +7,7 @@ required, none else is allowed, on writing and on reading.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -203,6 +204,7 @@ def _check(result: Result, where: str) -> None:
                 len(values) == len(result.documents),
                 f"per_document.{steps}.{name} has {len(values)} numbers for {len(result.documents)} documents",
             )
+            require(all(map(math.isfinite, values)), f"per_document.{steps}.{name} holds numbers that are not finite")
 
 
 def write_result(path: str | Path, result: Result) -> None:

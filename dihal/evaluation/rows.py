@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dihal.config import LoraConfig
 from dihal.controls import Embedding, Identity, MeanState
 from dihal.evaluation.checkpoints import Trained
 from dihal.methods import Method, build_method
@@ -72,12 +73,13 @@ def _parameters(method: Method) -> int:
 
 
 def _untrained(trained: Trained, backbone: Backbone) -> Method:
-    # Fresh weights, but the normalisation that training measures before its first step.
+    # Fresh weights, but the normalisation that training measures before its first step. Fresh adapters change nothing
+    # (their second factor starts at zero), and a backbone holds one set of adapters: left out.
+    config = replace(trained.config.method, split=trained.method.split, lora=LoraConfig())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(trained.config.seed)
-        method = build_method(trained.config.method, backbone)
+        method = build_method(config, backbone)
     method.space.load_state_dict(trained.method.space.state_dict())
-    method.attach(backbone, trainable=False)
     return method.to(backbone.device).eval().requires_grad_(False)
 
 

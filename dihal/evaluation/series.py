@@ -61,7 +61,9 @@ def kl_by_row(board: Board) -> list[Series]:
 
     def marks(entry: Entry, place: int) -> list[Mark]:
         kl = entry.result.metrics[entry.steps]["kl"]
-        return [] if kl.value is None else [Mark(x=kl.value, y=float(place), low=kl.low, high=kl.high, label=entry.label)]
+        return (
+            [] if kl.value is None else [Mark(x=kl.value, y=float(place), low=kl.low, high=kl.high, label=entry.label)]
+        )
 
     return _series(board, marks)
 

@@ -13,8 +13,8 @@ __all__ = ["lines_chart", "rows_chart", "scatter_chart"]
 # Drawn at about the width of a telephone, so that text keeps its size there; wide pages put figures side by side.
 _WIDTH = 440.0
 # Widths of a character, taken generously: SVG cannot measure text without a script.
-_CHARACTER = 6.8
-_BOLD = 7.4
+_CHARACTER = 7.5
+_BOLD = 8.2
 _COLOURS = 6
 
 

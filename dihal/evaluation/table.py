@@ -79,7 +79,8 @@ def generated_text(found: TextResult | None) -> str:
     if found is None:
         return ""
     star = "*" if found.self_graded else ""
-    return f"{found.generative_perplexity:.1f}{star} @ {found.entropy:.2f}"
+    value = found.generative_perplexity
+    return f"{value:.1f}{star} @ {found.entropy:.2f}" if value < 1e4 else f"{value:.1e}{star} @ {found.entropy:.2f}"
 
 
 def cells(entry: Entry, *, intervals: tuple[str, ...] = ("kl",)) -> dict[str, str]:
@@ -102,6 +103,9 @@ def cells(entry: Entry, *, intervals: tuple[str, ...] = ("kl",)) -> dict[str, st
     return {name: found[name] for name in COLUMNS}
 
 
+_FEW_DOCUMENTS = 10
+
+
 def describe(board: Board) -> list[str]:
     """What the reader must know beside the table, one sentence each."""
     first, shared = board.first, board.first.comparable
@@ -122,6 +126,8 @@ def describe(board: Board) -> list[str]:
             f"it (low at both is repetition).{graded}"
         )
     seeds = {str((entry.result.train_config or {}).get("seed")) for entry in board.entries if entry.result.train_config}
+    if len(first.documents) < _FEW_DOCUMENTS:
+        lines.append(f"Only {len(first.documents)} documents: the intervals are rough; raise tokens.")
     if len(seeds) == 1:
         lines.append(f"One training seed ({seeds.pop()}): the intervals do not cover training.")
     if board.ignored:

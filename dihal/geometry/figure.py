@@ -65,7 +65,9 @@ def _control(
     )  # fmt: skip
 
 
-def _line(axes: Axes, splits: list[SplitReport], name: str, style: tuple[Any, ...], label: str | None = None) -> list[float]:
+def _line(
+    axes: Axes, splits: list[SplitReport], name: str, style: tuple[Any, ...], label: str | None = None
+) -> list[float]:
     """Values of the candidates with their band; returns everything that must be inside the axis."""
     colour, marker, dash = style
     x = [item.split for item in splits]
@@ -125,7 +127,9 @@ def draw_figure(report: ScoreReport) -> Figure:
     handles, labels = top.get_legend_handles_labels()
     handles.append(top.axvline(report.selected_split, color=_SELECTED, lw=1.2, alpha=0.8, zorder=1))
     labels.append(f"selected: split {report.selected_split} ({report.select_by})")
-    top.legend(handles, labels, fontsize=8.5, frameon=False, ncols=len(labels), loc="upper center", bbox_to_anchor=(0.5, 1.13))
+    top.legend(
+        handles, labels, fontsize=8.5, frameon=False, ncols=len(labels), loc="upper center", bbox_to_anchor=(0.5, 1.13)
+    )
 
     for row, name in enumerate(names, start=1):
         for column, (proxy, title) in enumerate(_PROXIES):
@@ -144,7 +148,15 @@ def draw_figure(report: ScoreReport) -> Figure:
                 axes.set_ylabel(name, fontsize=9.5, fontweight="bold")
     band = f"; bands: {report.config['confidence']:.0%} document bootstrap" if report.config["bootstrap"] else ""
     figure.suptitle(f"Geometry score of {report.backbone['id']}\n", fontsize=12, fontweight="bold")
-    figure.text(0.5, 0.985 - 0.24 / figure.get_figheight(), text_line(report) + band, ha="center", va="top", fontsize=8.5, color="0.35")
+    figure.text(
+        0.5,
+        0.985 - 0.24 / figure.get_figheight(),
+        text_line(report) + band,
+        ha="center",
+        va="top",
+        fontsize=8.5,
+        color="0.35",
+    )
     return figure
 
 

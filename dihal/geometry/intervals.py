@@ -60,9 +60,7 @@ def document_sums(
     return x.new_zeros(documents, x.shape[1]).index_add_(0, document, x)
 
 
-def _variances(
-    weights: Tensor, tokens: Tensor, first: Tensor, second: Tensor
-) -> tuple[Tensor, Tensor]:
+def _variances(weights: Tensor, tokens: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """Per-channel variance of each resample, and of all documents together, from sums per document."""
     first, second = first.double(), second.double()
     count = weights @ tokens

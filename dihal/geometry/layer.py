@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from dihal.config import ScoreConfig
 from dihal.errors import UsageError
 from dihal.geometry.intervals import resampled_curvature, resampled_spectrum
-from dihal.geometry.moments import Moments, correlation, spectrum, spectrum_and_basis
+from dihal.geometry.moments import correlation, spectrum, spectrum_and_basis
 from dihal.geometry.neighbours import FLOOR, curvature, local_spread
 from dihal.geometry.proxies import (
     effective_rank,
@@ -20,7 +20,7 @@ from dihal.geometry.proxies import (
     mean_pairwise_cosine,
     weighted_median,
 )
-from dihal.geometry.streaming import LayerStatistics, to_rms
+from dihal.geometry.streaming import LayerStatistics, rms_scale
 
 __all__ = ["COORDINATES", "LayerNumbers", "Proxies", "Sampling", "assess_layer"]
 
@@ -83,51 +83,53 @@ class _View:
     """A layer in one kind of coordinates."""
 
     covariance: Tensor
-    with_sinks: Callable[[], Tensor] | None
+    with_sinks: Tensor | None
     """Covariance of kept and dropped tokens together; None: nothing was dropped."""
-    points: Callable[[], Tensor]
+    points: Tensor
     """Centred kept pool tokens."""
 
 
-def _together(layer: LayerStatistics, coordinates: str) -> Callable[[], Tensor] | None:
-    if layer.dropped[coordinates].count == 0:
-        return None
-    return lambda: layer.kept[coordinates].merged(layer.dropped[coordinates]).covariance
+class _Frame:
+    """What the coordinates of one layer have in common, made once."""
+
+    def __init__(self, layer: LayerStatistics) -> None:
+        self.layer = layer
+        self.kept = layer.pool_kept
+        whole = bool(self.kept.all())
+        self.norms = layer.pool_norms if whole else layer.pool_norms[self.kept]
+        self.states = (layer.pool if whole else layer.pool[self.kept]).to(self.norms.dtype)
+        self.covariance = layer.kept["raw"].covariance
+
+    @functools.cached_property
+    def centred(self) -> Tensor:
+        return self.states - self.layer.kept["raw"].mean.to(self.states.dtype)
+
+    def with_sinks(self, coordinates: str) -> Tensor | None:
+        kept, dropped = self.layer.kept[coordinates], self.layer.dropped[coordinates]
+        return kept.merged(dropped).covariance if dropped.count else None
 
 
-def _centred(points: Tensor, moments: Moments) -> Tensor:
-    return points - moments.mean.to(points.dtype)
+def _raw(frame: _Frame) -> _View:
+    return _View(covariance=frame.covariance, with_sinks=frame.with_sinks("raw"), points=frame.centred)
 
 
-def _pool(layer: LayerStatistics) -> tuple[Tensor, Tensor]:
-    kept = layer.pool_kept
-    norms = layer.pool_norms[kept]
-    return layer.pool[kept].to(norms.dtype), norms
-
-
-def _raw(layer: LayerStatistics) -> _View:
+def _rms(frame: _Frame) -> _View:
+    moments = frame.layer.kept["rms"]
+    scale = rms_scale(frame.norms, frame.states.shape[1])
     return _View(
-        covariance=layer.kept["raw"].covariance,
-        with_sinks=_together(layer, "raw"),
-        points=lambda: _centred(_pool(layer)[0], layer.kept["raw"]),
+        covariance=moments.covariance,
+        with_sinks=frame.with_sinks("rms"),
+        points=torch.addcmul(-moments.mean.to(scale.dtype), frame.states, scale[:, None]),
     )
 
 
-def _rms(layer: LayerStatistics) -> _View:
-    return _View(
-        covariance=layer.kept["rms"].covariance,
-        with_sinks=_together(layer, "rms"),
-        points=lambda: _centred(to_rms(*_pool(layer)), layer.kept["rms"]),
-    )
-
-
-def _standardized(layer: LayerStatistics) -> _View:
-    corr, std = correlation(layer.kept["raw"].covariance)
-    both = _together(layer, "raw")
+def _standardized(frame: _Frame) -> _View:
+    corr, std = correlation(frame.covariance)
+    both = frame.with_sinks("raw")
     return _View(
         covariance=corr,
-        with_sinks=None if both is None else lambda: correlation(both())[0],
-        points=lambda: _centred(_pool(layer)[0], layer.kept["raw"]) / std.to(layer.pool_norms.dtype),
+        with_sinks=None if both is None else correlation(both)[0],
+        points=frame.centred / std.to(frame.centred.dtype),
     )
 
 
@@ -139,7 +141,15 @@ COORDINATES = {
 """Name -> (view of a layer, definition)."""
 
 
-def _proxies(view: _View, split: int, coordinates: str, document: Tensor, anchors: Tensor, counts: Tensor | None, config: ScoreConfig) -> Proxies:
+def _proxies(
+    view: _View,
+    split: int,
+    coordinates: str,
+    document: Tensor,
+    anchors: Tensor,
+    counts: Tensor | None,
+    config: ScoreConfig,
+) -> Proxies:
     if counts is None:
         values, basis = spectrum(view.covariance), None
     else:
@@ -150,7 +160,7 @@ def _proxies(view: _View, split: int, coordinates: str, document: Tensor, anchor
             f"the kept states of split {split} do not vary ({coordinates} coordinates), so they have no geometry. "
             "Score more varied text, or check the backbone's weights."
         )
-    points = view.points()
+    points = view.points
     local = local_spread(points, anchors, config.neighbours)
     bend = curvature(local.variance, mean_eigenvalue)
 
@@ -158,7 +168,8 @@ def _proxies(view: _View, split: int, coordinates: str, document: Tensor, anchor
         return global_stiffness(e, rho=config.rho, kind=config.stiffness), effective_rank(e, kind=config.rank)
 
     stiffness, rank = summary(values)
-    sinks = (stiffness, rank) if view.with_sinks is None else summary(spectrum(view.with_sinks()))
+    # For comparison only, so fp32 will do (eigenvalues good to 1e-6 of the largest): a third cheaper.
+    sinks = (stiffness, rank) if view.with_sinks is None else summary(spectrum(view.with_sinks.float()).double())
     resampled = None
     if counts is not None and basis is not None:
         spectra = resampled_spectrum(
@@ -197,6 +208,7 @@ def assess_layer(layer: LayerStatistics, sampling: Sampling, config: ScoreConfig
     preferred = sampling.anchor_preference.to(kept.device)
     anchors = place[preferred[kept[preferred]][: config.anchors]]
     document = sampling.pool_document.to(kept.device)[kept]
+    frame = _Frame(layer)
     moments = layer.kept["rms"]
     unit = moments.mean * moments.count / moments.mean.shape[0] ** 0.5
     return LayerNumbers(
@@ -207,9 +219,9 @@ def assess_layer(layer: LayerStatistics, sampling: Sampling, config: ScoreConfig
         pilot_median_norm=layer.pilot_median,
         median_norm=float(layer.pool_norms[kept].median()),
         mean_cosine=mean_pairwise_cosine(float(unit.square().sum()), moments.count),
-        log_trace=float(layer.kept["raw"].covariance.trace().clamp_min(1e-300).log()),
+        log_trace=float(frame.covariance.trace().clamp_min(1e-300).log()),
         proxies={
-            name: _proxies(COORDINATES[name][0](layer), layer.split, name, document, anchors, sampling.counts, config)
+            name: _proxies(COORDINATES[name][0](frame), layer.split, name, document, anchors, sampling.counts, config)
             for name in config.coordinates
         },
     )

@@ -66,13 +66,17 @@ class Moments:
         self.total = torch.zeros(dim, dtype=torch.float64, device=shift.device)
         self.second = torch.zeros(dim, dim, dtype=torch.float64, device=shift.device)
 
-    def add(self, x: Float[Tensor, "tokens dim"]) -> None:
-        """Add token vectors (any floating type; the caller's tensor is not changed)."""
+    def add(self, x: Float[Tensor, "tokens dim"], scale: Float[Tensor, "tokens"] | None = None) -> None:
+        """Add token vectors, each times its ``scale`` if given; the caller's tensor is not changed."""
         if x.shape[0] == 0:
             return
-        y = x.to(self._dtype)
-        if self._shift is not None:
-            y = y - self._shift
+        if scale is None:
+            y = x.to(self._dtype)
+            y = y if self._shift is None else y - self._shift
+        elif self._shift is None:
+            y = (x.to(scale.dtype) * scale[:, None]).to(self._dtype)
+        else:
+            y = torch.addcmul(-self._shift, x.to(self._dtype), scale.to(self._dtype)[:, None])
         self.count += x.shape[0]
         self.total += y.sum(0, dtype=torch.float64 if y.is_cuda else None)
         self.second += gram(y)

@@ -99,10 +99,8 @@ def effective_rank(eigenvalues: Eigenvalues, *, kind: str = "entropy") -> Scalar
     return RANKS[kind][0](eigenvalues)
 
 
-def weighted_median(
-    values: Float[Tensor, "*batch n"] | Float[Tensor, "n"], weights: Int[Tensor, "*batch n"]
-) -> Float[Tensor, "*batch"]:
-    """Median of ``values``, each repeated ``weights`` times; the mean of the two middle ones where even.
+def weighted_median(values: Float[Tensor, "... n"], weights: Int[Tensor, "*batch n"]) -> Float[Tensor, "*batch"]:
+    """Median of ``values`` (of each row, or one list for all rows), each repeated ``weights`` times; the mean of the two middle ones where even.
 
     NaN where the weights of a row are all zero.
     """

@@ -148,7 +148,7 @@ class ScoreReport:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> ScoreReport:
+    def from_dict(cls, data: Any) -> ScoreReport:
         """Inverse of :meth:`to_dict`.
 
         Raises:

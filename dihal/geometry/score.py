@@ -123,7 +123,10 @@ def _coordinate_report(
 ) -> CoordinateReport:
     curvature, stiffness, rank = (_column(numbers, coordinates, name) for name in ("curvature", "stiffness", "rank"))
     total = score(curvature, stiffness, rank, candidates)
-    z = {name: z_scores(v, candidates) for name, v in (("curvature", curvature), ("stiffness", stiffness), ("rank", rank))}
+    z = {
+        name: z_scores(v, candidates)
+        for name, v in (("curvature", curvature), ("stiffness", stiffness), ("rank", rank))
+    }
     drawn = _resamples(numbers, coordinates, candidates)
     bounds: dict[str, Tensor] = {}
     share = argmax_interval = None
@@ -246,13 +249,13 @@ def score_layers(
     numbers: list[LayerNumbers] = []
     with _progress(progress, draw.tokens, layers) as (forward, scored):
         statistics = stream_statistics(backbone, draw, pool, config, forward)
-        for split in range(layers):
+        while statistics:
             # A layer is forgotten once it is scored: its pool is the largest thing held.
             numbers.append(assess_layer(statistics.pop(0), sampling, config))
             scored(1)
     candidates = torch.arange(layers) > 0
     by_coordinates = {name: _coordinate_report(numbers, name, candidates, config) for name in config.coordinates}
-    resolved = dataclasses.asdict(config)
+    resolved = {**dataclasses.asdict(config), "coordinates": list(config.coordinates)}
     return ScoreReport(
         selected_split=by_coordinates[config.select_by].argmax,
         select_by=config.select_by,

@@ -28,17 +28,16 @@ from dihal.geometry.windows import Chunk, Draw, plan_chunks
 if TYPE_CHECKING:
     from dihal.backbone import Backbone
 
-__all__ = ["LayerStatistics", "stream_statistics", "to_rms"]
+__all__ = ["LayerStatistics", "rms_scale", "stream_statistics"]
 
 
 def _norms(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-def to_rms(x: Float[Tensor, "tokens dim"], norms: Float[Tensor, "tokens"]) -> Float[Tensor, "tokens dim"]:
-    """Divide each token by its root mean square; a zero token stays zero."""
-    scale = x.shape[1] ** 0.5 / norms.clamp_min(torch.finfo(norms.dtype).tiny)
-    return x.to(norms.dtype) * scale[:, None]
+def rms_scale(norms: Float[Tensor, "tokens"], dim: int) -> Float[Tensor, "tokens"]:
+    """Factor sqrt(d) / |h| that divides a token by its root mean square; a zero token stays zero."""
+    return dim**0.5 / norms.clamp_min(torch.finfo(norms.dtype).tiny)
 
 
 class LayerStatistics:
@@ -70,7 +69,8 @@ class LayerStatistics:
         kept = ordinary & (norms <= self.threshold)
         x, norms = torch.cat(states)[kept], norms[kept]
         dtype = work_dtype(x.dtype, x.device)
-        raw, rms = (v.sum(0) / max(len(v), 1) for v in (x.to(norms.dtype), to_rms(x, norms)))
+        wide, count = x.to(norms.dtype), max(len(x), 1)
+        raw, rms = wide.sum(0) / count, rms_scale(norms, x.shape[1]) @ wide / count
         self.kept = {"raw": Moments(raw, dtype), "rms": Moments(rms, dtype)}
         self.dropped = {"raw": Moments(raw, dtype), "rms": Moments(rms, dtype)}
         self.pool = x.new_zeros(self._pool_size, x.shape[1])
@@ -107,10 +107,12 @@ class LayerStatistics:
         self.dropped_first += int(first.sum())
         self.dropped_norm += int((large & ~first).sum())
         dropped = first | large
+        scale = rms_scale(norms, x.shape[1])
         for accumulators, chosen in ((self.kept, ~dropped), (self.dropped, dropped)):
-            part, scale = x[chosen], norms[chosen]
+            where = chosen.nonzero().squeeze(1)
+            part = x.index_select(0, where)
             accumulators["raw"].add(part)
-            accumulators["rms"].add(to_rms(part, scale))
+            accumulators["rms"].add(part, scale[where])
 
     @property
     def pool_kept(self) -> Bool[Tensor, "pool"]:
@@ -118,9 +120,7 @@ class LayerStatistics:
         return self.pool_norms <= self.threshold
 
 
-def _consume(
-    layers: list[LayerStatistics], chunk: Chunk, states: dict[int, Tensor], pool: Tensor
-) -> None:
+def _consume(layers: list[LayerStatistics], chunk: Chunk, states: dict[int, Tensor], pool: Tensor) -> None:
     slots = torch.searchsorted(pool, chunk.index).clamp_max(len(pool) - 1)
     rows = (pool[slots] == chunk.index).nonzero().squeeze(1)
     slots = slots[rows]

@@ -79,7 +79,14 @@ def build_table(report: ScoreReport) -> Table:
         header_style="bold",
     )
     table.add_column("split", justify="right")
-    for header in (f"score ({report.select_by})", "P(best)", "kappa", "s", "r", *(f"score ({name})" for name in others)):
+    for header in (
+        f"score ({report.select_by})",
+        "P(best)",
+        "kappa",
+        "s",
+        "r",
+        *(f"score ({name})" for name in others),
+    ):
         table.add_column(header, justify="right", no_wrap=True)
     table.add_column("norm", justify="right")
     table.add_column("cosine", justify="right")

@@ -34,7 +34,7 @@ _HASH_AT_ONCE = 65_536
 class Draw:
     """The scored tokens: windows in drawing order, each of one document."""
 
-    windows: tuple[Int[Tensor, "time"], ...]
+    windows: tuple[Int[Tensor, "_"], ...]
     """Token ids (int32) of each window, the start token included."""
     document: Int[Tensor, "windows"]
     """Document of each window, 0 .. documents - 1 in drawing order."""
@@ -87,7 +87,7 @@ def _ids(document: Any, backbone: Backbone, number: int) -> Tensor:
         raise UsageError(
             f"document {number} is not a flat sequence of integer token ids (shape {tuple(ids.shape)}, {ids.dtype})."
         )
-    if len(ids) and not (0 <= int(ids.min()) and int(ids.max()) < backbone.vocab_size):
+    if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= backbone.vocab_size):
         raise UsageError(
             f"document {number} holds token ids outside 0 .. {backbone.vocab_size - 1}. "
             "Were they made with another tokenizer? Give text, or ids of this backbone."
@@ -172,10 +172,7 @@ def sample_pool(draw: Draw, config: ScoreConfig) -> tuple[Int[Tensor, "pool"], I
         eligible[draw.offsets] = False
     index = eligible.nonzero().squeeze(1)
     priority = torch.cat(
-        [
-            uniform(config.seed, part, "geometry-pool", dtype=torch.float64)
-            for part in index.split(_HASH_AT_ONCE)
-        ]
+        [uniform(config.seed, part, "geometry-pool", dtype=torch.float64) for part in index.split(_HASH_AT_ONCE)]
     )
     best = priority.argsort(stable=True)[: config.pool]
     ascending = best.sort()

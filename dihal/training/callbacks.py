@@ -65,8 +65,11 @@ class RunCallback(L.Callback):
         self._saved = -1
 
     def on_train_start(self, trainer: L.Trainer, pl_module: BridgeModule) -> None:
-        """Take over signals, start the clock."""
+        """Take over signals, share the normalisation, start the clock."""
         pl_module.signals.install()
+        if trainer.world_size > 1:
+            for buffer in pl_module.method.buffers():
+                torch.distributed.broadcast(buffer, src=0)
         if pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pl_module.device)
         self._marked = (pl_module.spent.tokens, pl_module.spent.seconds)

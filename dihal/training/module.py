@@ -94,13 +94,13 @@ class BridgeModule(L.LightningModule):
         self.clock = Clock(spent.seconds)
         self.ema = Ema(method, config.optim.ema) if config.optim.ema > 0 else None
         self._optimizer_state = optimizer_state
-        self.optimizer: torch.optim.AdamW | None = None
+        self.optimizer: torch.optim.Optimizer | None = None
         self.last: Step | None = None
         """Set when a micro-batch completed an optimiser step, else None."""
         self._micro: list[tuple[Tensor, LossOutput]] = []
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW, built (and restored) after the strategy has moved the module to its device."""
+        """The optimiser, built (and restored) after the strategy has moved the module to its device."""
         self.optimizer = build_optimizer(self.method, self.config.optim)
         if self._optimizer_state is not None:
             load_optimizer_state(self.method, self.optimizer, self._optimizer_state)

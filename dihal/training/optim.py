@@ -1,4 +1,4 @@
-"""AdamW, its learning rate as a function of the spent budget, and its state as named tensors."""
+"""The optimiser, its learning rate as a function of the spent budget, and its state as named tensors."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dihal.config import OptimConfig
 from dihal.errors import UsageError
 from dihal.nn import parameter_groups
+from dihal.training.muon import MuonWithAdamW
 
 __all__ = ["build_optimizer", "check_optim", "load_optimizer_state", "lr_factor", "optimizer_state"]
 
@@ -56,11 +57,13 @@ def lr_factor(progress: float, config: OptimConfig) -> float:
     return config.final + (1.0 - config.final) * shape
 
 
-def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over a module's trainable parameters; weight decay on matrices only.
+def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """The optimiser over a module's trainable parameters; weight decay on matrices only.
 
-    The fused kernel is used where every parameter lies on a CUDA device.
+    AdamW's fused kernel is used where every parameter lies on a CUDA device.
     """
+    if config.name == "muon":
+        return MuonWithAdamW(module, lr=config.lr, betas=tuple(config.betas), weight_decay=config.weight_decay)
     groups = parameter_groups(module, config.weight_decay)
     on_cuda = all(parameter.is_cuda for group in groups for parameter in group["params"])
     return torch.optim.AdamW(groups, lr=config.lr, betas=tuple(config.betas), fused=True if on_cuda else None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -128,7 +129,10 @@ def train(config: TrainConfig) -> Path:
     )
     trainer.callbacks.append(callback)
     try:
-        trainer.fit(module, datamodule=data)
+        with warnings.catch_warnings():
+            # Lightning against newer torch; nothing a user can act on
+            warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+            trainer.fit(module, datamodule=data)
     except SystemExit:
         if signals.received:  # the second interrupt, which Lightning turns into status 1
             raise SystemExit(exit_code(signals.received)) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 from dataclasses import replace
@@ -143,8 +144,8 @@ def build_trainer(config: TrainConfig, callbacks: list[L.Callback]) -> L.Trainer
     from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
     from lightning.pytorch.strategies import DDPStrategy
 
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    for name in ("pytorch.utilities.rank_zero", "pytorch.accelerators.cuda", "fabric.utilities.distributed"):
+        logging.getLogger(f"lightning.{name}").setLevel(logging.WARNING)
     trainer = config.trainer
     devices = int(trainer.devices)
     plugins: list[Any] = []
@@ -154,7 +155,10 @@ def build_trainer(config: TrainConfig, callbacks: list[L.Callback]) -> L.Trainer
         plugins.append(SLURMEnvironment(auto_requeue=False))  # its requeue saves a pickled checkpoint
     strategy: Any = "auto"
     if devices * trainer.nodes > 1:
-        strategy = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
+        # torch 2.13 renamed the option. Either way RunCallback broadcasts the buffers, once.
+        known = inspect.signature(torch.nn.parallel.DistributedDataParallel).parameters
+        buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        strategy = DDPStrategy(**{buffers: False}, gradient_as_bucket_view=True)
     chosen = config.backbone.device
     return L.Trainer(
         accelerator=trainer.accelerator,

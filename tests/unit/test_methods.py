@@ -126,6 +126,27 @@ def test_state_error_alone_never_runs_the_suffix() -> None:
     assert "head" in calls
 
 
+def test_corrupted_tokens_keep_exact_targets() -> None:
+    backbone = tiny_backbone()
+    seen = []
+    prefix = backbone.prefix
+    backbone.prefix = lambda ids, *args, **kwargs: seen.append(ids.clone()) or prefix(ids, *args, **kwargs)
+    method = build_method(config(objective=ObjectiveConfig(kl=1.0, corruption=0.2)), backbone)
+    method.fit_normalisation(backbone, [make_batch(8, 32)])
+    seen.clear()
+    batch = make_batch(64, 64)
+    arguments = dict(seed=0, step=0, batch_index=torch.arange(64), global_batch=64)
+    method.loss(backbone, batch, **arguments)
+    changed = seen[0] != batch.input_ids
+    assert 0.15 < changed.float().mean() < 0.25
+    assert not changed[:, 0].any()
+    shares = changed.float().mean(1)
+    assert shares.min() < 0.05
+    assert shares.max() > 0.33
+    method.loss(backbone, batch, **arguments)
+    assert torch.equal(seen[0], seen[1])
+
+
 CAUSAL = [
     config(),
     config(denoiser=dataclasses.replace(DENOISER, norm="rms", qk_norm=False)),
@@ -245,6 +266,8 @@ def test_controls() -> None:
         ({"objective": ObjectiveConfig(state=0.0)}, "one must be positive"),
         ({"name": "regression", "sampler": SamplerConfig(steps=4)}, "one step"),
         ({"process": ProcessConfig(parametrisation="eps")}, "eps"),
+        ({"objective": ObjectiveConfig(corruption=0.1, cross_entropy=1.0)}, "next token random"),
+        ({"objective": ObjectiveConfig(corruption=0.7)}, "in \\[0, 0.5\\]"),
     ],
 )
 def test_bad_methods_are_refused(changes, message: str) -> None:

@@ -12,7 +12,16 @@ import torch
 
 from dihal.backbone import load_backbone
 from dihal.checkpoint import save_checkpoint
-from dihal.config import BackboneConfig, BudgetConfig, DataConfig, DenoiserConfig, MethodConfig, TrainConfig
+from dihal.config import (
+    BackboneConfig,
+    BudgetConfig,
+    DataConfig,
+    DenoiserConfig,
+    LoraConfig,
+    MethodConfig,
+    ObjectiveConfig,
+    TrainConfig,
+)
 from dihal.data.module import TextDataModule
 from dihal.evaluation.assemble import estimates
 from dihal.evaluation.bootstrap import document_weights
@@ -43,14 +52,20 @@ def text_file(path: Path, *, seed: int = 0, documents: int = 40) -> Path:
 
 
 def train_config(
-    root: Path, *, split: int = 2, method: str = "bridge", backbone: str = "backbone", **data: Any
+    root: Path, *, split: int = 2, method: str = "bridge", backbone: str = "backbone", lora: int = 0, **data: Any
 ) -> TrainConfig:
     return TrainConfig(
         backbone=BackboneConfig(id=str(backbone_folder(root / backbone)), device="cpu"),
         data=DataConfig(
             **{"source": str(root / "text.jsonl"), "sequence_length": LENGTH, "validation_fraction": 0.4, **data}
         ),
-        method=MethodConfig(name=method, split=split, denoiser=DenoiserConfig(width=32, depth=1, heads=2)),
+        method=MethodConfig(
+            name=method,
+            split=split,
+            denoiser=DenoiserConfig(width=32, depth=1, heads=2),
+            lora=LoraConfig(rank=lora),
+            objective=ObjectiveConfig(kl=0.1 if lora else 0.0),
+        ),
         budget=BudgetConfig(tokens=4096),
     )
 
@@ -72,6 +87,7 @@ def make_run(
     )
     torch.manual_seed(0)
     method = build_method(config.method, backbone)
+    method.attach(backbone)
     batches = iter(data.train_dataloader())
     method.fit_normalisation(backbone, [next(batches) for _ in range(4)])
     optimiser = torch.optim.AdamW(method.parameters(), lr=3e-3)

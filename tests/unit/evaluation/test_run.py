@@ -14,6 +14,7 @@ from dihal.checkpoint import load_checkpoint, save_checkpoint
 from dihal.config import BackboneConfig, DataConfig, EvalConfig, LeaderboardConfig
 from dihal.data.module import TextDataModule
 from dihal.errors import UsageError
+from dihal.evaluation.bootstrap import document_weights
 from dihal.evaluation.generation import Scorer, pick_prompts
 from dihal.evaluation.leaderboard import leaderboard
 from dihal.evaluation.result import read_result
@@ -149,7 +150,13 @@ def test_differences_are_paired_against_the_reference(results):
     bridge, backbone = results["bridge"], results["backbone"]
     found = bridge.metrics["1"]["nll"]
     assert found.difference == pytest.approx(found.value - value(backbone, "nll"))
-    assert found.difference_high - found.difference_low < found.high - found.low
+    weights = document_weights(len(bridge.documents), bridge.bootstrap, bridge.bootstrap_seed)
+    tables = [
+        {k: np.array(v) for k, v in block.items()} for block in (bridge.per_document["1"], backbone.per_document["0"])
+    ]
+    own, other = (weights @ table["nll"] / (weights @ table["tokens"]) for table in tables)
+    assert found.difference_low == pytest.approx(np.quantile(own - other, 0.025))
+    assert found.high == pytest.approx(np.quantile(own, 0.975))
     assert backbone.metrics["0"]["nll"].difference == 0
     assert bridge.documents == backbone.documents
 
@@ -327,6 +334,24 @@ def test_a_checkpoint_without_an_average_is_measured_raw(root):
     assert read_result(files["raw"]).checkpoint["weights"] == "raw"
 
 
+def test_adapters_act_in_their_own_row_only(root, results):
+    make_run(root, "adapted", steps=10, lora=2)
+    options = fast(root, checkpoints=(str(root / "adapted"),), samples=1, prompt_tokens=8, new_tokens=4)
+    files = evaluate(dataclasses.replace(options, out=str(root / "adapted-out")))
+    found = {result.name: result for result in map(read_result, files)}
+    assert value(found["identity@2"], "kl") == 0
+    assert value(found["mean-state@2"], "kl") == value(found["untrained@2"], "kl", 1), "its adapters are off, or zero"
+    assert found["backbone"].comparable.backbone_fingerprint == results["backbone"].comparable.backbone_fingerprint
+    checkpoint = load_checkpoint(root / "adapted")
+    backbone = load_backbone(checkpoint.config.backbone.id, device="cpu")
+    method, _ = restore_method(checkpoint, backbone)
+    ids = torch.arange(5, 25).unsqueeze(0)
+    state = method.states(backbone, ids)
+    with method.reading():
+        adapted = backbone.suffix(state, 2)
+    assert not torch.equal(adapted, backbone.suffix(state, 2)), "the adapters learned something"
+
+
 def test_unwritable_output(root, tmp_path):
     (tmp_path / "taken").write_text("")
     with pytest.raises(UsageError, match="cannot write to the output folder"):
@@ -366,4 +391,8 @@ def test_prompts_take_one_window_per_document_first(root, config):
     assert prompts.prompts.shape == (3, 8)
     assert prompts.real.shape == (3, 10)
     assert (prompts.prompts[:, 0] == backbone.start_token_id).all()
-    assert len({tuple(row) for row in prompts.prompts.tolist()}) == 3
+    whole = torch.cat([prompts.prompts, prompts.real], dim=1).tolist()
+    texts = {document.key: backbone.tokenizer(document.text).input_ids for document in data.validation_documents}
+    starts = [texts[document.key][:17] for document in windows.documents]
+    assert sum(row[1:] in starts for row in whole) == 3, "the beginnings of three documents"
+    assert len(set(map(tuple, whole))) == 3

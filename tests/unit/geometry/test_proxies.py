@@ -27,7 +27,9 @@ def test_isotropic_spectrum_has_full_rank_and_known_stiffness() -> None:
     for kind in RANKS:
         assert float(effective_rank(e, kind=kind)) == pytest.approx(math.log(d), abs=1e-12)
     for kind in STIFFNESSES:
-        assert float(global_stiffness(e, rho=rho, kind=kind)) == pytest.approx(-math.log(variance * (1 + rho)), abs=1e-12)
+        assert float(global_stiffness(e, rho=rho, kind=kind)) == pytest.approx(
+            -math.log(variance * (1 + rho)), abs=1e-12
+        )
 
 
 def test_low_rank_spectrum_counts_its_directions() -> None:

@@ -21,7 +21,8 @@ from tests.unit.training.conftest import Make, resumed
 from tests.unit.training.test_run import same_tensors, stream
 
 WORKER = """
-import json, sys, torch
+import json, os, pathlib, sys, torch
+(pathlib.Path(sys.argv[0]).parent / f"pid-{os.environ.get('RANK', 0)}").write_text(str(os.getpid()))
 torch.set_num_threads(1)
 from dihal.config import TrainConfig
 from dihal.config.convert import from_dict
@@ -108,12 +109,7 @@ def test_one_rank_signalled_stops_both(make: Make, tmp_path: Path) -> None:
     config = make(steps=1_000_000, **{"data.batch_size": 2, "trainer.devices": 2})
     process = start(config, tmp_path / "job", *TORCHRUN)
     wait_for_step(config, 3, process)
-    listing = subprocess.run(
-        ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True, check=True
-    )
-    workers = [int(line) for line in listing.stdout.split()]
-    assert len(workers) == 2
-    os.kill(workers[1], signal.SIGTERM)
+    os.kill(int((tmp_path / "job" / "pid-1").read_text()), signal.SIGTERM)
     process.communicate(timeout=100)
     assert process.returncode != 0
     state = load_checkpoint(config.out).state
