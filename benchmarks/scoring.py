@@ -3,9 +3,9 @@
     python benchmarks/scoring.py [--backbone FOLDER] [--tokens 16384] [--device auto] [--threads N]
 
 Cost: one process; the plain pass runs all blocks and the final norm on the very batches that are
-scored, without the LM head, keeping nothing. It is timed before and after the scoring runs and
-averaged. Wall seconds and process CPU seconds are both reported: on a machine shared with other
-work only the second is a fair ratio. Memory: one process per number of tokens, a small random
+scored, without the LM head, keeping nothing. Each scoring run is compared with the mean of the
+plain runs before and after it. Wall seconds and process CPU seconds are both reported; on a machine
+shared with other work neither is quite fair, the second less unfair. Memory: one process per number of tokens, a small random
 backbone, peak resident set.
 """
 
@@ -76,26 +76,25 @@ def cost(arguments: argparse.Namespace) -> dict[str, Any]:
     plain_forward(backbone, chunks[:1])
     if backbone.device.type == "cuda":
         score_layers(backbone, texts, dataclasses.replace(config, tokens=8 * config.sequence_length, bootstrap=10))
-    runs = {}
-    plain = []
+    runs: list[dict[str, Any]] = []
     for name, bootstrap in (
         ("plain", None),
         ("score, no intervals", 0),
+        ("plain", None),
         ("score, intervals", config.bootstrap),
-        ("plain again", None),
+        ("plain", None),
     ):
         with Clock(backbone.device) as clock:
             if bootstrap is None:
                 plain_forward(backbone, chunks)
             else:
                 report = score_layers(backbone, texts, dataclasses.replace(config, bootstrap=bootstrap))
-        runs[name] = {"wall_s": clock.wall, "cpu_s": clock.cpu}
-        if bootstrap is None:
-            plain.append(clock)
+        runs.append({"run": name, "wall_s": clock.wall, "cpu_s": clock.cpu})
         print(f"{name}: {clock.wall:.1f} s wall, {clock.cpu:.1f} s CPU", file=sys.stderr, flush=True)
-    wall, cpu = sum(c.wall for c in plain) / len(plain), sum(c.cpu for c in plain) / len(plain)
-    for run in runs.values():
-        run["wall_ratio"], run["cpu_ratio"] = run["wall_s"] / wall, run["cpu_s"] / cpu
+    for before, run, after in zip(runs, runs[1:], runs[2:]):
+        if run["run"] != "plain":
+            for unit in ("wall", "cpu"):
+                run[f"{unit}_ratio"] = 2 * run[f"{unit}_s"] / (before[f"{unit}_s"] + after[f"{unit}_s"])
     padded = sum(chunk.input_ids.numel() for chunk in chunks)
     return {
         "backbone": backbone.reference.to_dict(),
@@ -104,6 +103,7 @@ def cost(arguments: argparse.Namespace) -> dict[str, Any]:
         "padding_share": 1 - draw.tokens / padded,
         "config": dataclasses.asdict(config),
         "selected_split": report.selected_split,
+        "peak_mib": peak_mib(),
         "runs": runs,
     }
 
@@ -121,7 +121,16 @@ def one_memory_run(tokens: int) -> None:
     generator = torch.Generator().manual_seed(0)
     texts = [torch.randint(4096, (400,), generator=generator).tolist() for _ in range(tokens // 400 + 1)]
     score_layers(backbone, texts, ScoreConfig(tokens=tokens, pool=8_192))
-    print(json.dumps({"tokens": tokens, "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
+    print(json.dumps({"tokens": tokens, "peak_mib": peak_mib()}))
+
+
+def peak_mib() -> float:
+    """Peak resident set of this process. Not ru_maxrss where avoidable: a child inherits its parent's."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def memory() -> list[dict[str, Any]]:
@@ -140,14 +149,9 @@ def show(result: dict[str, Any]) -> None:
         table = Table(title=f"{result['backbone']['id']}, {result['tokens']:,} tokens, all splits")
         for header in ("run", "wall s", "x plain", "CPU s", "x plain"):
             table.add_column(header, justify="left" if header == "run" else "right")
-        for name, run in result["runs"].items():
-            table.add_row(
-                name,
-                f"{run['wall_s']:.1f}",
-                f"{run['wall_ratio']:.2f}",
-                f"{run['cpu_s']:.1f}",
-                f"{run['cpu_ratio']:.2f}",
-            )
+        for run in result["runs"]:
+            ratios = {unit: f"{run[f'{unit}_ratio']:.2f}" if f"{unit}_ratio" in run else "" for unit in ("wall", "cpu")}
+            table.add_row(run["run"], f"{run['wall_s']:.1f}", ratios["wall"], f"{run['cpu_s']:.1f}", ratios["cpu"])
         console.print(table)
     if "memory" in result:
         table = Table("tokens", "peak MiB", title="peak memory, pool 8,192, 8 blocks x 256 channels")

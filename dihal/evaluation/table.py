@@ -147,7 +147,7 @@ def _used(rows: list[dict[str, str]]) -> list[str]:
     return [name for name in COLUMNS if any(row[name] for row in rows)]
 
 
-_TERMINAL = ("rank", "name", "kind", "steps", "kl", "interval", "nll", "bits_per_byte", "agreement")
+_TERMINAL = ("rank", "name", "kind", "steps", "kl", "interval", "nll", "agreement")
 _TERMINAL += ("explained_variance", "generated")
 
 

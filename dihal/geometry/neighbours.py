@@ -1,6 +1,6 @@
 """Exact nearest neighbours of anchor tokens, and the local curvature around them.
 
-Two steps, so that fp32 is enough. *Candidates*: k + 8 per anchor, from |x|^2 - 2 a.x of centred
+Two steps, so that fp32 is enough. *Candidates*: a few more than k per anchor, from |x|^2 - 2 a.x of centred
 points (one matrix product); rounding there can only reorder points whose squared distances differ
 by about 1e-6 of the squared norms. *Re-ranking*: candidates are gathered, the anchor subtracted
 (exact to one rounding per channel) and their distances taken from the differences; the k smallest
@@ -22,7 +22,7 @@ FLOOR = 1e-8
 
 A share, so that a scale h -> a h still moves the curvature by exactly -2 log a."""
 
-_MARGIN = 8  # candidates beyond k that are re-ranked exactly
+_MARGIN = 4  # candidates beyond k that are re-ranked exactly
 _GROUPS = 16  # points per group in the candidate search
 _ANCHORS_AT_ONCE = 512  # bounds the matrix of scores
 _GATHER_AT_ONCE = 32  # anchors whose candidates are gathered together: fits a core's cache

@@ -62,9 +62,7 @@ def test_rms_and_standardized_ignore_scale_and_raw_shifts_by_two_log_a() -> None
     plain, scaled = (tiny_backbone("llama", seed=2) for _ in range(2))
     with torch.no_grad():
         scaled.input_embedding.weight.mul_(4)
-    one, two = (
-        score_layers(backbone, documents(80), small(bootstrap=0)).coordinates for backbone in (plain, scaled)
-    )
+    one, two = (score_layers(backbone, documents(80), small(bootstrap=0)).coordinates for backbone in (plain, scaled))
     for name, shift in (("raw", -2 * math.log(4)), ("rms", 0.0), ("standardized", 0.0)):
         a, b = one[name].splits[0], two[name].splits[0]
         assert b.curvature - a.curvature == pytest.approx(shift, abs=1e-6)
@@ -92,7 +90,9 @@ def test_same_seed_same_report_other_seed_other_intervals(report: ScoreReport) -
 
 def test_options_change_what_they_name(report: ScoreReport) -> None:
     other = score_layers(
-        tiny_backbone(), documents(80), small(stiffness="log_det", rank="participation", bootstrap=0, coordinates=("rms",))
+        tiny_backbone(),
+        documents(80),
+        small(stiffness="log_det", rank="participation", bootstrap=0, coordinates=("rms",)),
     )
     assert list(other.coordinates) == ["rms"]
     a, b = report.coordinates["rms"].splits[2], other.coordinates["rms"].splits[2]

@@ -18,7 +18,9 @@ from tests.kit import tiny_backbone
 from tests.unit.geometry.test_neighbours import brute_force
 from tests.unit.geometry.test_windows import documents
 
-CONFIG = ScoreConfig(tokens=4000, sequence_length=32, batch_tokens=256, pool=1000, anchors=100, neighbours=16, bootstrap=0)
+CONFIG = ScoreConfig(
+    tokens=4000, sequence_length=32, batch_tokens=256, pool=1000, anchors=100, neighbours=16, bootstrap=0
+)
 SINK = 7  # token id with a huge embedding
 
 
@@ -93,7 +95,7 @@ def test_moments_spectra_neighbours_and_proxies_equal_direct_fp64(scored) -> Non
 
 
 def test_planted_sinks_are_found_counted_and_their_effect_kept(scored) -> None:
-    backbone, draw, pool, preference, layers = scored
+    backbone, draw, _, _, layers = scored
     ids = torch.cat(draw.windows)
     first = torch.zeros(draw.tokens, dtype=torch.bool)
     first[draw.offsets] = True
