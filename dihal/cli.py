@@ -43,14 +43,20 @@ def _train(config: TrainConfig) -> None:
     from dihal.training.run import train
 
     folder = train(config)
-    if not config.dry_run and os.environ.get("RANK", "0") == "0":
+    if not config.dry_run and _first_process():
         Console().print(f"wrote {folder}", highlight=False)
+
+
+def _first_process() -> bool:
+    return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
 
 
 def _evaluate(config: EvalConfig) -> None:
     from dihal.evaluation import evaluate
     from dihal.evaluation.leaderboard import leaderboard
 
+    if not _first_process():
+        return  # evaluation runs in one process; under torchrun the others have nothing to do
     evaluate(config)
     if config.leaderboard:
         _show(leaderboard(LeaderboardConfig(results=(config.out,), out=config.out)))

@@ -171,7 +171,9 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
         """Write config.json, the bridge's weights as safetensors, and LoRA adapters in peft's format under ``adapter/``."""
-        super().save_pretrained(str(save_directory), **kwargs)
+        # The adapters have files of their own: said twice, they would be unexpected tensors when loading.
+        own = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("bridge.lora.")}
+        super().save_pretrained(str(save_directory), **{"state_dict": own, **kwargs})
         adapters = self.bridge.adapters if isinstance(self.bridge, Method) else None
         if adapters is not None:
             adapters.save(Path(save_directory) / "adapter")

@@ -73,15 +73,17 @@ class Adapters:
         """The adapters' weights, in a fixed order."""
         return [p for name, p in self._peft.named_parameters() if "lora_" in name]
 
-    def _switch(self, on: bool) -> None:
+    def _switch(self, on: bool, *, training: bool = False) -> None:
         # Not enable_adapter_layers(): that also toggles requires_grad, under a graph already built.
         for layer in self._layers:
             layer._disable_adapters = not on
+            # The layers are the backbone's, which no train() or eval() of the method reaches.
+            layer.lora_dropout.train(training)
 
     @contextlib.contextmanager
-    def active(self) -> Iterator[None]:
-        """Scope in which the suffix reads through the adapters."""
-        self._switch(True)
+    def active(self, *, training: bool = False) -> Iterator[None]:
+        """Scope in which the suffix reads through the adapters; ``training``: with their dropout."""
+        self._switch(True, training=training)
         try:
             yield
         finally:

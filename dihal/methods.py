@@ -116,6 +116,11 @@ class Method(nn.Module):
                 "the weights method.objective.state, .cross_entropy and .kl must not be negative, "
                 f"and one must be positive; got {weights}."
             )
+        if config.lora.rank > 0 and config.objective.cross_entropy == config.objective.kl == 0.0:
+            raise UsageError(
+                "method.lora needs a loss read by the suffix: set method.objective.kl or .cross_entropy above 0, "
+                "or method.lora.rank to 0."
+            )
         if not 0.0 <= config.objective.corruption <= 0.5:
             raise UsageError(f"method.objective.corruption is {config.objective.corruption}; it must be in [0, 0.5].")
         if config.objective.corruption > 0 and config.objective.cross_entropy > 0:
@@ -130,6 +135,9 @@ class Method(nn.Module):
         self.condition_space = HiddenSpace(0, dim)
         self.process: Process = build_process(config.process)
         self.denoiser = DenoiserTransformer(config.denoiser, state_dim=dim, condition_dim=dim)
+        if config.objective.condition_dropout == 0.0:
+            # No loss term reaches it: DDP would wait for its gradient, and a resumed optimiser for its state.
+            self.denoiser.null_condition.requires_grad_(False)
         self.lora = nn.ParameterList()
         """Weights of the adapters in the backbone's suffix; empty until :meth:`attach`."""
         self._adapters: Adapters | None = None
@@ -154,7 +162,7 @@ class Method(nn.Module):
         """Scope in which the backbone's suffix reads this method's states: with its adapters, if any."""
         if self.config.lora.rank > 0 and self._adapters is None:
             raise UsageError("this method has LoRA adapters: call attach(backbone) before its states are read.")
-        return contextlib.nullcontext() if self._adapters is None else self._adapters.active()
+        return contextlib.nullcontext() if self._adapters is None else self._adapters.active(training=self.training)
 
     def new_cache(self, backbone: Backbone) -> SamplingCache:
         """An empty cache for :meth:`states`."""

@@ -154,9 +154,6 @@ def _build(config: TrainConfig, backbone: Backbone) -> Method:
         torch.manual_seed(config.seed)
         method = build_method(config.method, backbone)
         method.attach(backbone)
-    # A parameter that no loss term reaches gets no gradient: DDP would wait for it.
-    if config.method.objective.condition_dropout == 0:
-        method.denoiser.null_condition.requires_grad_(False)
     return method.to(backbone.device)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from dihal.config import DenoiserConfig, LoraConfig, MethodConfig, SamplerConfig
+from dihal.config import DenoiserConfig, LoraConfig, MethodConfig, ObjectiveConfig, SamplerConfig
 from dihal.controls import Identity
 from dihal.errors import UsageError
 from dihal.hybrid import HybridForCausalLM, load_hybrid
@@ -48,7 +48,7 @@ def saved(tmp_path_factory):
     backbone.tokenizer.save_pretrained(backbone_folder)
     from dihal import load_backbone
 
-    model = hybrid(load_backbone(backbone_folder))
+    model = hybrid(load_backbone(backbone_folder, device="cpu"))
     model.save_pretrained(folder / "hybrid")
     return folder, model
 
@@ -104,9 +104,9 @@ def test_save_then_load_in_a_new_process_is_bit_equal_and_small(saved, tmp_path)
         "import torch, sys; from dihal import load_hybrid; from transformers import AutoModelForCausalLM\n"
         "torch.set_num_threads(2)\n"
         "data = torch.load(sys.argv[2], weights_only=True)\n"
-        "assert torch.equal(load_hybrid(sys.argv[1])(data['ids']).logits, data['logits'])\n"
+        "assert torch.equal(load_hybrid(sys.argv[1], device='cpu')(data['ids']).logits, data['logits'])\n"
         "import dihal.hybrid\n"
-        "assert torch.equal(AutoModelForCausalLM.from_pretrained(sys.argv[1])(data['ids']).logits, data['logits'])\n"
+        "assert torch.equal(AutoModelForCausalLM.from_pretrained(sys.argv[1], device='cpu')(data['ids']).logits, data['logits'])\n"
     )
     subprocess.run([sys.executable, "-c", code, str(folder / "hybrid"), str(tmp_path / "expected.pt")], check=True)
     bridge = sum(t.numel() * t.element_size() for t in model.state_dict().values())
@@ -118,7 +118,7 @@ def test_save_then_load_in_a_new_process_is_bit_equal_and_small(saved, tmp_path)
 
 def test_auto_class_loads_it(saved) -> None:
     folder, model = saved
-    other = AutoModelForCausalLM.from_pretrained(folder / "hybrid")
+    other = AutoModelForCausalLM.from_pretrained(folder / "hybrid", device="cpu")
     assert isinstance(other, HybridForCausalLM)
     ids = make_batch().input_ids
     assert torch.equal(other(ids).logits, model(ids).logits)
@@ -205,7 +205,8 @@ def test_a_backbone_held_in_more_bits_than_it_was_trained_with_is_recognised(tmp
 def test_lora_travels_in_pefts_format(tmp_path) -> None:
     backbone = tiny_backbone()
     backbone.model.save_pretrained(tmp_path / "backbone")
-    method = build_method(dataclasses.replace(CONFIG, lora=LoraConfig(rank=2)), backbone)
+    config = dataclasses.replace(CONFIG, lora=LoraConfig(rank=2), objective=ObjectiveConfig(kl=1.0))
+    method = build_method(config, backbone)
     method.fit_normalisation(backbone, [make_batch()])
     method.attach(backbone)
     randomise(method)

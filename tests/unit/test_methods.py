@@ -267,6 +267,7 @@ def test_controls() -> None:
         ({"name": "regression", "sampler": SamplerConfig(steps=4)}, "one step"),
         ({"process": ProcessConfig(parametrisation="eps")}, "eps"),
         ({"objective": ObjectiveConfig(corruption=0.1, cross_entropy=1.0)}, "next token random"),
+        ({"lora": LoraConfig(rank=2)}, "needs a loss read by the suffix"),
         ({"objective": ObjectiveConfig(corruption=0.7)}, "in \\[0, 0.5\\]"),
     ],
 )

@@ -43,7 +43,7 @@ def test_shipped_file_is_a_delta(name):
         for key, value in given.items():
             at = default
             for part in str(key).split("."):
-                at = at[part] if isinstance(at, dict) else None
+                at = at.get(part) if isinstance(at, dict) else None
             if isinstance(value, dict):
                 yield from repeated(value, at or {}, f"{prefix}{key}.")
             elif value == at:

@@ -172,7 +172,7 @@ def test_memory_does_not_grow_with_tokens(monkeypatch) -> None:
                 value.numel()
                 for layer in layers
                 for value in [layer.pool, layer.pool_norms]
-                + [m.second for group in (layer.kept, layer.dropped) for m in group.values()]
+                + [m._second for group in (layer.kept, layer.dropped) for m in group.values()]
             )
         )
         assert draw.tokens > tokens - 2
