@@ -33,7 +33,7 @@ def _score(config: ScoreRunConfig) -> None:
     report = score_layers(backbone, [document.text for document in train], config.score, progress=True)
     folder = report.save(config.out)
     console = Console()
-    console.print(report.table())
+    console.print(report.table(console.width))
     console.print(f"split {report.selected_split} selected; wrote scores.json, .png and .svg to {folder}", highlight=False)
 
 
@@ -53,25 +53,23 @@ def _first_process() -> bool:
 
 def _evaluate(config: EvalConfig) -> None:
     from dihal.evaluation import evaluate
-    from dihal.evaluation.leaderboard import leaderboard
 
     if not _first_process():
-        return  # evaluation runs in one process; under torchrun the others have nothing to do
+        return  # evaluation is one process; under torchrun the others have nothing to do
     evaluate(config)
     if config.leaderboard:
-        _show(leaderboard(LeaderboardConfig(results=(config.out,), out=config.out)))
+        _show_leaderboard(LeaderboardConfig(results=(config.out,), out=config.out))
 
 
-def _leaderboard(config: LeaderboardConfig) -> None:
-    from dihal.evaluation.leaderboard import leaderboard
-
-    _show(leaderboard(config))
-
-
-def _show(table: Any) -> None:
+def _show_leaderboard(config: LeaderboardConfig) -> None:
     from rich.console import Console
 
-    Console().print(table)
+    from dihal.evaluation.leaderboard import leaderboard
+
+    console = Console()
+    console.print(leaderboard(config, width=console.width))
+    if config.out is not None:
+        console.print(f"wrote leaderboard.html, .md, .csv, .png and .svg to {config.out}", highlight=False)
 
 
 def _generate(config: GenerateConfig) -> None:
@@ -123,7 +121,7 @@ COMMANDS: dict[str, Command] = {
     "score": Command(ScoreRunConfig, _score),
     "train": Command(TrainConfig, _train),
     "evaluate": Command(EvalConfig, _evaluate),
-    "leaderboard": Command(LeaderboardConfig, _leaderboard),
+    "leaderboard": Command(LeaderboardConfig, _show_leaderboard),
     "generate": Command(GenerateConfig, _generate),
 }
 """Command name -> configuration and function."""

@@ -21,7 +21,9 @@ class EvalConfig:
     data: DataConfig | None = None
     """Text; None: the validation documents of the first checkpoint's data."""
     tokens: int = 8_192
-    """Validation tokens measured; documents are drawn whole until they are reached."""
+    """Validation tokens measured; documents are drawn until they are reached."""
+    windows_per_document: int | None = 4
+    """Windows of `sequence_length` taken from a document at most, its first; null: all. Documents are what intervals resample: many short pieces say more than few long ones."""
     batch_size: int = 8
     """Sequences per forward pass."""
     steps: tuple[int, ...] = (1, 4)

@@ -145,8 +145,10 @@ class TextDataModule(L.LightningDataModule):
             seed=self.config.seed,
         )
 
-    def evaluation_windows(self, *, tokens: int | None = None, seed: int = 0) -> EvaluationWindows:
-        """Windows of whole validation documents, at least `tokens` predicted tokens (None: all documents)."""
+    def evaluation_windows(
+        self, *, tokens: int | None = None, windows_per_document: int | None = None, seed: int = 0
+    ) -> EvaluationWindows:
+        """Windows of validation documents, at least `tokens` predicted tokens (None: all documents)."""
         return evaluation_windows(
             self.validation_documents,
             self.validation_tokens,
@@ -154,6 +156,7 @@ class TextDataModule(L.LightningDataModule):
             start_token_id=self.start_token_id,
             end_token_id=self.end_token_id,
             tokens=tokens,
+            windows_per_document=windows_per_document,
             seed=seed,
         )
 

@@ -175,9 +175,10 @@ def evaluation_windows(
     start_token_id: int | None,
     end_token_id: int | None,
     tokens: int | None = None,
+    windows_per_document: int | None = None,
     seed: int = 0,
 ) -> EvaluationWindows:
-    """Cut documents into windows, drawing them whole until enough tokens are predicted.
+    """Cut documents into windows, drawing one document after another until enough tokens are predicted.
 
     Documents come in the order of a hash of (seed, key): the draw depends on no order of the source, and a larger
     `tokens` only appends documents.
@@ -189,6 +190,8 @@ def evaluation_windows(
         start_token_id: first token of every window; None: windows hold text only.
         end_token_id: fills the padding (masked everywhere).
         tokens: predicted tokens at least, unless the documents hold fewer; None: all documents.
+        windows_per_document: take only so many windows of a document, its first; None: all. Fewer windows of
+            more documents make narrower intervals where documents are resampled.
         seed: key of the draw.
 
     Raises:
@@ -197,6 +200,8 @@ def evaluation_windows(
     _check_length(sequence_length)
     if tokens is not None and tokens < 1:
         raise UsageError(f"the number of evaluation tokens must be at least 1, not {tokens}.")
+    if windows_per_document is not None and windows_per_document < 1:
+        raise UsageError(f"windows_per_document must be at least 1, not {windows_per_document}; null takes all.")
     start = [] if start_token_id is None else [start_token_id]
     body = sequence_length - len(start)
     fill = end_token_id if end_token_id is not None else (start_token_id or 0)
@@ -210,6 +215,7 @@ def evaluation_windows(
         cuts = [(begin, min(begin + body, place.stop)) for begin in range(place.start, place.stop, body)]
         # Without a start token a window of one token predicts nothing.
         cuts = [(begin, end) for begin, end in cuts if end - begin + len(start) >= 2]
+        cuts = cuts[:windows_per_document]
         if not cuts:
             continue
         first = 1 - len(start)

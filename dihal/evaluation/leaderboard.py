@@ -12,8 +12,8 @@ from dihal.io import ensure_dir, write_text
 __all__ = ["leaderboard"]
 
 
-def leaderboard(config: LeaderboardConfig) -> Table:
-    """Rank results; with ``config.out``, write leaderboard.md, .csv, .html, .png and .svg there.
+def leaderboard(config: LeaderboardConfig, *, width: int | None = None) -> Table:
+    """Rank results as a table for a terminal of ``width`` columns; with ``config.out``, write leaderboard.md, .csv, .html, .png and .svg there.
 
     Raises:
         UsageError: no result, a damaged one, rows that are not comparable (naming the field, both values and both
@@ -30,4 +30,4 @@ def leaderboard(config: LeaderboardConfig) -> Table:
         write_text(folder / "leaderboard.csv", to_csv(board))
         write_text(folder / "leaderboard.html", to_html(board))
         save_figure(board, folder)
-    return rich_table(board)
+    return rich_table(board, width)

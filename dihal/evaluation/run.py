@@ -182,7 +182,9 @@ def evaluate(config: EvalConfig, *, console: Console | None = None) -> list[Path
     checkpoints = open_checkpoints(config.checkpoints)
     backbone = _load_backbone(config, checkpoints)
     data = _data(config, checkpoints, backbone)
-    windows = data.evaluation_windows(tokens=config.tokens, seed=config.seed)
+    windows = data.evaluation_windows(
+        tokens=config.tokens, windows_per_document=config.windows_per_document, seed=config.seed
+    )
     prompts = None
     if config.samples > 0:
         prompts = pick_prompts(

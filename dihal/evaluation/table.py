@@ -147,12 +147,14 @@ def _used(rows: list[dict[str, str]]) -> list[str]:
     return [name for name in COLUMNS if any(row[name] for row in rows)]
 
 
-_TERMINAL = ("rank", "name", "kind", "steps", "kl", "interval", "nll", "agreement")
-_TERMINAL += ("explained_variance", "generated")
+_NARROW = ("rank", "name", "steps", "kl", "interval", "nll", "agreement", "explained_variance")
+_TERMINAL = (*_NARROW, "bits_per_byte", "kind", "generated")
+_WIDE = 120
+"""Terminal columns from which everything in ``_TERMINAL`` fits."""
 
 
-def rich_table(board: Board) -> Table:
-    """The board for a terminal: the metrics that matter; the files hold the rest."""
+def rich_table(board: Board, width: int | None = None) -> Table:
+    """The board for a terminal of ``width`` columns (None: wide): the metrics that matter; the files hold the rest."""
     from rich import box
 
     rows = [cells(entry, intervals=()) for entry in board.entries]
@@ -170,7 +172,8 @@ def rich_table(board: Board) -> Table:
         f"Ranked by {board.metric}, lower rank is better; rows that share ranks are not separated by their intervals."
     )
     table = Table(title="Leaderboard", caption=caption, box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0))
-    used = [name for name in _TERMINAL if any(row[name] for row in rows)]
+    shown = _TERMINAL if width is None or width >= _WIDE else _NARROW
+    used = [name for name in shown if any(row[name] for row in rows)]
     for name in used:
         table.add_column(
             headings[name], justify="left" if name in ("name", "kind") else "right", no_wrap=name != "kind"

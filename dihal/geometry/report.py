@@ -191,11 +191,11 @@ class ScoreReport:
         write_json(folder / FILE_NAME, self.to_dict())
         return folder
 
-    def table(self) -> Table:
-        """Terminal table: one row per split, the selected one marked."""
+    def table(self, width: int | None = None) -> Table:
+        """Terminal table: one row per split, the selected one marked; fewer columns where ``width`` is small."""
         from dihal.geometry.table import build_table
 
-        return build_table(self)
+        return build_table(self, width)
 
 
 def _pair(value: Any) -> Any:

@@ -64,12 +64,22 @@ def rival_line(name: str, item: CoordinateReport) -> str:
     return f"{name}: argmax {item.argmax}{where}; Spearman of the score with {values}"
 
 
-def build_table(report: ScoreReport) -> Table:
-    """One row per split; columns of the selecting coordinates in full, the others' scores beside them."""
+WIDE = 120
+"""Terminal columns from which the table shows everything."""
+
+
+def build_table(report: ScoreReport, width: int | None = None) -> Table:
+    """One row per split; columns of the selecting coordinates in full, the others' scores beside them.
+
+    Args:
+        report: what is shown.
+        width: columns of the terminal; below 120 only the selecting coordinates are shown. None: everything.
+    """
     from rich.table import Table
 
     chosen = report.coordinates[report.select_by]
-    others = [name for name in report.coordinates if name != report.select_by]
+    wide = width is None or width >= WIDE
+    others = [name for name in report.coordinates if name != report.select_by and wide]
     notes = [text_line(report), sink_line(report)]
     notes += [rival_line(name, item) for name, item in report.coordinates.items()]
     table = Table(
@@ -78,7 +88,7 @@ def build_table(report: ScoreReport) -> Table:
         caption_justify="left",
         header_style="bold",
     )
-    table.add_column("split", justify="right")
+    table.add_column("split", justify="right", no_wrap=True)
     for header in (
         f"score ({report.select_by})",
         "P(best)",
@@ -88,8 +98,9 @@ def build_table(report: ScoreReport) -> Table:
         *(f"score ({name})" for name in others),
     ):
         table.add_column(header, justify="right", no_wrap=True)
-    table.add_column("norm", justify="right")
-    table.add_column("cosine", justify="right")
+    if wide:
+        table.add_column("norm", justify="right")
+        table.add_column("cosine", justify="right")
     for item, layer in zip(chosen.splits, report.layers):
         best = item.split == report.selected_split
         probability = "" if item.argmax_probability is None else f"{item.argmax_probability:.2f}"
@@ -101,8 +112,7 @@ def build_table(report: ScoreReport) -> Table:
             f"{item.stiffness:.2f}",
             f"{item.rank:.2f}",
             *(f"{report.coordinates[name].splits[item.split].score:+.2f}" for name in others),
-            f"{layer.median_norm:.4g}",
-            f"{layer.mean_cosine:.2f}",
+            *((f"{layer.median_norm:.4g}", f"{layer.mean_cosine:.2f}") if wide else ()),
             style="bold green" if best else ("dim" if not item.candidate else None),
             end_section=not item.candidate,
         )

@@ -21,8 +21,8 @@ STEP = BATCH * LENGTH
 WORDS = ["the", "a", "state", "bridge", "layer", "noise", "split", "token", "suffix", "prefix", "model", "score"]
 
 
-def save_backbone(folder: Path, *, seed: int = 0, num_blocks: int = BLOCKS) -> Path:
-    tiny_model(seed=seed, num_blocks=num_blocks, vocab=VOCAB).save_pretrained(folder)
+def save_backbone(folder: Path, *, family: str = "llama", num_blocks: int = BLOCKS) -> Path:
+    tiny_model(family, num_blocks=num_blocks, vocab=VOCAB).save_pretrained(folder)
     tiny_tokenizer(VOCAB).save_pretrained(folder)
     return folder
 

@@ -162,7 +162,9 @@ def test_fit_stop_resume_sample_evaluate_save_load(
         assert left.keys() == right.keys()
         assert all(torch.equal(left[key], right[key]) for key in left), name
 
-    assert dihal("evaluate", "--checkpoints", tmp_path / "cut", "--out", tmp_path / "results", "--leaderboard=false") == 0
+    assert (
+        dihal("evaluate", "--checkpoints", tmp_path / "cut", "--out", tmp_path / "results", "--leaderboard=false") == 0
+    )
     result = read_result(tmp_path / "results" / "cut.json")
     assert all(metric(result, "kl", int(steps)) > 0 for steps in result.metrics)
     assert metric(read_result(tmp_path / "results" / "identity@2.json"), "kl") == 0

@@ -223,3 +223,14 @@ def test_batches_share_windows_evenly():
     assert sorted(shares[0] + shares[1]) == list(range(20))
     # round m of two ranks with batch 4 is round m of one rank with batch 8
     assert sorted(shares[0][:4] + shares[1][:4]) == next(iter(windows.batches(8))).sample_ids.tolist()
+
+
+def test_few_windows_of_many_documents():
+    lengths = (50, 17, 3, 60, 80)
+    everything, few = _windows(lengths), _windows(lengths, windows_per_document=2)
+    assert len(few) < len(everything)
+    assert {d.key for d in few.documents} == {d.key for d in everything.documents}
+    assert max(d.tokens for d in few.documents) == 2 * max(int(m.sum()) for m in few.loss_mask)
+    assert int(few.predicted_bytes.sum()) == sum(d.bytes for d in few.documents)
+    with pytest.raises(UsageError, match="at least 1"):
+        _windows(lengths, windows_per_document=0)

@@ -1,0 +1,131 @@
+"""On a CUDA device: `python -m pytest tests/gpu -m gpu`. Nothing here runs without one."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from dihal.checkpoint import load_checkpoint
+from dihal.evaluation.result import read_result
+from dihal.hybrid import load_hybrid
+from dihal.methods import Method
+from dihal.training.logs import read_records
+from tests.integration.conftest import BATCH, STEP, Dihal
+
+# cuBLAS reads it when the first handle is made.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+ON_GPU = ("--trainer.accelerator", "gpu", "--backbone.device", "auto", "--trainer.precision", "bf16-mixed")
+DTYPES = ["float32", "bfloat16"]
+
+
+@pytest.fixture
+def _deterministic() -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("_deterministic")
+def test_resume_is_bit_identical(dtype: str, dihal: Dihal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = (*ON_GPU, "--backbone.dtype", dtype, "--method.split", 2, "--method.denoiser.dropout", 0.1)
+    assert dihal("train", *words, "--out", tmp_path / "whole") == 0
+    loss = Method.loss
+
+    def interrupted(self: Method, *args: object, step: int, **rest: object) -> object:
+        if step == 2 and self.training:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss(self, *args, step=step, **rest)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(Method, "loss", interrupted)
+        dihal("train", *words, "--out", tmp_path / "cut")
+    assert stopped.value.code == 143
+    assert load_checkpoint(tmp_path / "cut").state["step"] == 3
+    torch.manual_seed(99)
+    assert dihal("train", *words, "--out", tmp_path / "cut", "--resume") == 0
+    whole, cut = load_checkpoint(tmp_path / "whole"), load_checkpoint(tmp_path / "cut")
+    assert whole.state["samples_seen"] == cut.state["samples_seen"] == 6 * BATCH
+    for name in whole.names:
+        left, right = whole.tensors(name), cut.tensors(name)
+        assert left.keys() == right.keys()
+        assert all(torch.equal(left[key], right[key]) for key in left), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_train_evaluate_generate(dtype: str, dihal: Dihal, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "bridge"
+    words = (*ON_GPU, "--backbone.dtype", dtype, "--method.split", 2, "--budget.tokens", 60 * STEP)
+    assert dihal("train", *words, "--out", run) == 0
+    losses = [record["loss"] for record in read_records(run / "metrics.jsonl") if record["kind"] == "train"]
+    assert sum(losses[-5:]) < sum(losses[:5])
+    checkpoint = load_checkpoint(run)
+    assert checkpoint.config.trainer.precision == "bf16-mixed"
+    assert all(t.dtype == torch.float32 for t in checkpoint.tensors("ema").values())
+
+    words = (
+        "--checkpoints",
+        run,
+        "--samples",
+        2,
+        "--prompt_tokens",
+        6,
+        "--new_tokens",
+        6,
+        "--out",
+        tmp_path / "results",
+    )
+    assert dihal("evaluate", *words) == 0
+    found = {path.stem: read_result(path) for path in (tmp_path / "results").glob("*.json")}
+    assert found["identity@2"].metrics["0"]["kl"].value == 0
+    assert found["identity@2"].metrics["0"]["agreement"].value == 1
+    trained, untrained = found["bridge"].metrics["1"]["kl"].value, found["untrained@2"].metrics["1"]["kl"].value
+    assert trained is not None
+    assert untrained is not None
+    assert 0 < trained < untrained
+
+    capsys.readouterr()
+    words = ("--checkpoint", run, "--prompt", "the state", "--new_tokens", 6, "--compare")
+    assert dihal("generate", *words) == 0
+    first = capsys.readouterr().out
+    assert "hybrid, split 2" in first
+    assert dihal("generate", *words) == 0
+    assert capsys.readouterr().out == first
+
+
+def test_cpu_and_gpu_agree(dihal: Dihal, tmp_path: Path) -> None:
+    """The same checkpoint, the same noise (counters, not generators): the same logits up to the order of sums."""
+    assert dihal("train", "--method.split", 2, "--out", tmp_path / "run") == 0
+    ids = torch.tensor([[0, 5, 9, 30, 41]])
+    with torch.no_grad():
+        expected = load_hybrid(tmp_path / "run", device="cpu")(ids).logits
+        found = load_hybrid(tmp_path / "run", device="cuda")(ids.cuda()).logits
+    assert found.device.type == "cuda"
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_step_while_compiled(dihal: Dihal, tmp_path: Path) -> None:
+    words = (*ON_GPU, "--method.split", 2, "--trainer.compile", "--out", tmp_path / "run")
+    if os.environ.get("DIHAL_NO_JAXTYPING") != "1":
+        pytest.skip("run-time shape checks break graphs: set DIHAL_NO_JAXTYPING=1")
+    assert dihal("train", *words) == 0
+    assert load_checkpoint(tmp_path / "run").state["step"] == 6
+
+
+def test_a_device_that_is_not_there(dihal: Dihal, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    count = torch.cuda.device_count()
+    assert dihal("train", *ON_GPU, "--method.split", 2, "--trainer.devices", count + 1, "--out", tmp_path / "run") == 2
+    assert f"this machine has {count} GPUs" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
