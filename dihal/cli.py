@@ -34,7 +34,9 @@ def _score(config: ScoreRunConfig) -> None:
     folder = report.save(config.out)
     console = Console()
     console.print(report.table(console.width))
-    console.print(f"split {report.selected_split} selected; wrote scores.json, .png and .svg to {folder}", highlight=False)
+    console.print(
+        f"split {report.selected_split} selected; wrote scores.json, .png and .svg to {folder}", highlight=False
+    )
 
 
 def _train(config: TrainConfig) -> None:
@@ -153,7 +155,9 @@ def run_command(name: str, argv: Sequence[str]) -> int:
         Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {_escape(str(error))}")
         return 2
     except KeyboardInterrupt:
-        print("interrupted; what was complete is kept, the same command goes on where that is possible.", file=sys.stderr)
+        print(
+            "interrupted; what was complete is kept, the same command goes on where that is possible.", file=sys.stderr
+        )
         return 130
     return 0
 

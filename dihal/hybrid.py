@@ -14,8 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, GenerationMixin, PretrainedConfig
-from transformers import PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GenerationMixin,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from dihal.backbone import load_backbone
@@ -201,7 +207,9 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
             raise
         except Exception as error:
             # transformers and safetensors raise a dozen types here; the user's question is which file.
-            raise UsageError(f"cannot load the hybrid {str(path)!r}: {error}. Save it again or check the path.") from error
+            raise UsageError(
+                f"cannot load the hybrid {str(path)!r}: {error}. Save it again or check the path."
+            ) from error
         if backbone is None:
             reference = model.config.backbone
             backbone = load_backbone(
@@ -252,7 +260,9 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         if position_ids is None:
             cached = 0 if past_key_values is None else past_key_values.get_seq_length()
             batch, time = input_ids.shape
-            whole = torch.ones(batch, cached + time, dtype=torch.bool, device=input_ids.device) if mask is None else mask
+            whole = (
+                torch.ones(batch, cached + time, dtype=torch.bool, device=input_ids.device) if mask is None else mask
+            )
             position_ids = positions_of(whole)[:, -time:]
         if mask is not None and bool(mask.all()):
             mask = None

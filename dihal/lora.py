@@ -47,7 +47,9 @@ class Adapters:
         targets = list(config.targets) or available
         unknown = sorted(set(targets) - set(available))
         if unknown:
-            raise UsageError(f"method.lora.targets {unknown} are no layers of this suffix. Valid: {', '.join(available)}.")
+            raise UsageError(
+                f"method.lora.targets {unknown} are no layers of this suffix. Valid: {', '.join(available)}."
+            )
         self._peft = peft.get_peft_model(
             backbone.model,
             peft.LoraConfig(

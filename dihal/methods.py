@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +22,7 @@ from dihal.diffusion.samplers import nfe, sample
 from dihal.diffusion.timesteps import sample_times
 from dihal.errors import UsageError, unknown_name
 from dihal.lora import Adapters
+from dihal.method_parts import LossOutput, SamplingCache, check_method, corrupt, positions_of
 from dihal.nn.cache import DenoiserCache
 from dihal.nn.transformer import DenoiserTransformer
 from dihal.random import normal, uniform
@@ -33,58 +34,10 @@ if TYPE_CHECKING:
     from dihal.backbone import Backbone
     from dihal.data import Batch
 
-__all__ = ["METHODS", "LossOutput", "Method", "build_method", "positions_of"]
+__all__ = ["METHODS", "LossOutput", "Method", "SamplingCache", "build_method", "positions_of"]
 
 _MAX_POSITIONS = 1 << 20
 """Positions that a sampling-noise key leaves room for: key = sample id * this + position."""
-
-
-def positions_of(attention_mask: Padding) -> Int[Tensor, "batch total"]:
-    """Position ids under left or right padding: the first real token of each row is 0."""
-    return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LossOutput:
-    """Outcome of one micro-batch.
-
-    Attributes:
-        total: scalar to differentiate; weighted mean over counted positions.
-        terms: detached scalars by name (``state``, ``explained``, ``cross_entropy``, ``kl``).
-        tokens: positions denoised, the unit of the budget.
-    """
-
-    total: Float[Tensor, ""]
-    terms: dict[str, Tensor]
-    tokens: int
-
-
-class SamplingCache:
-    """One denoiser cache per function evaluation of the sampler.
-
-    Position i's evaluation number k attends to what earlier positions looked like in *their*
-    evaluation number k. With one cache per evaluation, writing a text token by token repeats the
-    arithmetic of denoising the whole text at once: same noise, same time, same keys and values.
-    """
-
-    def __init__(self) -> None:
-        self.caches: list[DenoiserCache] = []
-
-    def at(self, index: int) -> DenoiserCache:
-        """Return the cache of evaluation ``index``, made on first use."""
-        while len(self.caches) <= index:
-            self.caches.append(DenoiserCache())
-        return self.caches[index]
-
-    def reorder(self, rows: Int[Tensor, " batch"]) -> None:
-        """Select batch rows, as beam search does."""
-        for cache in self.caches:
-            cache.reorder(rows)
-
-    @property
-    def length(self) -> int:
-        """Positions held."""
-        return self.caches[0].length if self.caches else 0
 
 
 class Method(nn.Module):
@@ -98,36 +51,7 @@ class Method(nn.Module):
 
     def __init__(self, config: MethodConfig, dim: int, *, noise_scale: float = 1.0) -> None:
         super().__init__()
-        if config.split is None:
-            raise UsageError("method.split is not set. Give method.split, or method.split_from a scores.json.")
-        if config.regime == "replace" and config.denoiser.mask != "causal":
-            raise UsageError(
-                f"regime 'replace' needs method.denoiser.mask 'causal', not {config.denoiser.mask!r}: "
-                "a bridge that sees later tokens leaks the answer."
-            )
-        if config.sampler.guidance != 1.0 and config.objective.condition_dropout == 0.0:
-            raise UsageError(
-                "method.sampler.guidance needs method.objective.condition_dropout > 0: "
-                "without it the unconditional estimate is never trained."
-            )
-        weights = (config.objective.state, config.objective.cross_entropy, config.objective.kl)
-        if min(weights) < 0 or max(weights) == 0:
-            raise UsageError(
-                "the weights method.objective.state, .cross_entropy and .kl must not be negative, "
-                f"and one must be positive; got {weights}."
-            )
-        if config.lora.rank > 0 and config.objective.cross_entropy == config.objective.kl == 0.0:
-            raise UsageError(
-                "method.lora needs a loss read by the suffix: set method.objective.kl or .cross_entropy above 0, "
-                "or method.lora.rank to 0."
-            )
-        if not 0.0 <= config.objective.corruption <= 0.5:
-            raise UsageError(f"method.objective.corruption is {config.objective.corruption}; it must be in [0, 0.5].")
-        if config.objective.corruption > 0 and config.objective.cross_entropy > 0:
-            raise UsageError(
-                "method.objective.corruption makes the next token random: it cannot be trained with cross_entropy. "
-                "Set one of them to 0."
-            )
+        check_method(config)
         self.config = config
         self.dim = dim
         self.noise_scale = noise_scale
@@ -240,7 +164,7 @@ class Method(nn.Module):
         objective = self.config.objective
         ids, mask = batch.input_ids, batch.attention_mask
         if objective.corruption > 0:
-            ids = _corrupt(ids, batch.sample_ids, objective.corruption, seed, backbone.vocab_size)
+            ids = corrupt(ids, batch.sample_ids, objective.corruption, seed, backbone.vocab_size)
         position_ids = positions_of(mask)
         full = bool(batch.full)  # known on the host: no padding means the fast attention path everywhere
         attention_mask = None if full else mask
@@ -265,9 +189,7 @@ class Method(nn.Module):
         previous = None
         if self.config.denoiser.self_conditioning > 0:
             with torch.no_grad():
-                _, previous = self._estimate(
-                    z_t, t, condition, position_ids, attention_mask=attention_mask, drop=drop
-                )
+                _, previous = self._estimate(z_t, t, condition, position_ids, attention_mask=attention_mask, drop=drop)
                 share = uniform(seed, batch.sample_ids, "self-condition", device=z.device)
                 previous = previous * (share < self.config.denoiser.self_conditioning)[:, None, None]
         out, x0 = self._estimate(
@@ -370,7 +292,9 @@ class Method(nn.Module):
         batch, time = input_ids.shape
         device = backbone.device
         if position_ids is None:
-            whole = torch.ones(batch, time, dtype=torch.bool, device=device) if attention_mask is None else attention_mask
+            whole = (
+                torch.ones(batch, time, dtype=torch.bool, device=device) if attention_mask is None else attention_mask
+            )
             position_ids = positions_of(whole.bool())[:, -time:]
         condition = self._condition(backbone, input_ids, position_ids)
         rows = torch.zeros(batch, dtype=torch.int64, device=device) if sample_ids is None else sample_ids.to(device)
@@ -415,16 +339,9 @@ class Method(nn.Module):
 
     def evaluations(self, steps: int, sampler: str | None = None) -> int:
         """Number of function evaluations (NFE) of :meth:`states`."""
-        return evaluations_per_estimate(self.config.sampler.guidance) * nfe(self.config.sampler.name if sampler is None else sampler, steps)
-
-
-def _corrupt(ids: TokenIds, sample_ids: Int[Tensor, " batch"], mean: float, seed: int, vocab: int) -> TokenIds:
-    """Replace a share of the tokens, uniform in [0, 2 ``mean``] per sequence, by random ones; never the first."""
-    rate = 2 * mean * uniform(seed, sample_ids, "corruption/rate").unsqueeze(-1)
-    chosen = uniform(seed, sample_ids, "corruption/place", (ids.shape[1],)) < rate
-    chosen[:, 0] = False
-    random = (vocab * uniform(seed, sample_ids, "corruption/token", (ids.shape[1],), dtype=torch.float64)).long()
-    return torch.where(chosen, random, ids)
+        return evaluations_per_estimate(self.config.sampler.guidance) * nfe(
+            self.config.sampler.name if sampler is None else sampler, steps
+        )
 
 
 def _own_dtype(backbone: Backbone) -> torch.autocast:

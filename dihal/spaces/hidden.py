@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from dihal.errors import UsageError
@@ -90,7 +90,9 @@ class HiddenSpace(nn.Module):
         square = torch.zeros(2, dim, dtype=torch.float64, device=device)
         count = torch.zeros(2, dtype=torch.float64, device=device)
         threshold: Tensor | None = None
-        shift = torch.zeros(2, dim, dtype=torch.float64, device=device)  # sums are taken around it, against cancellation
+        shift = torch.zeros(
+            2, dim, dtype=torch.float64, device=device
+        )  # sums are taken around it, against cancellation
         for state, position_ids, mask in states:
             flat = state.to(device=device, dtype=torch.float64).flatten(0, 1)
             positions = position_ids.to(device).flatten()

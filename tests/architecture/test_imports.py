@@ -24,7 +24,7 @@ LEVELS = (
     ("config",),
     ("diffusion", "nn", "geometry.moments", "geometry.neighbours", "geometry.proxies", "geometry.intervals"),
     ("backbone", "data"),
-    ("spaces", "lora", "geometry"),
+    ("spaces", "lora", "geometry", "method_parts"),
     ("methods", "checkpoint"),
     ("controls", "restore"),
     ("hybrid",),

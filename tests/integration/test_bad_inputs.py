@@ -374,9 +374,10 @@ def test_an_interrupted_run_is_resumed(
         return loss(self, *args, step=step, **rest)
 
     words = ("--method.split", 2, "--out", tmp_path / "run")
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+    with monkeypatch.context() as patch:
         patch.setattr(Method, "loss", interrupted)
-        dihal("train", *words)
+        with pytest.raises(SystemExit) as stopped:
+            dihal("train", *words)
     assert stopped.value.code == 130
     assert load_checkpoint(tmp_path / "run").state["step"] == 2
     kept = files(tmp_path / "run" / "checkpoints")

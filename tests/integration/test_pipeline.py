@@ -147,9 +147,10 @@ def test_fit_stop_resume_sample_evaluate_save_load(
             os.kill(os.getpid(), signal.SIGTERM)
         return loss(self, *args, step=step, **rest)
 
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+    with monkeypatch.context() as patch:
         patch.setattr(Method, "loss", interrupted)
-        dihal("train", *words, "--out", tmp_path / "cut")
+        with pytest.raises(SystemExit) as stopped:
+            dihal("train", *words, "--out", tmp_path / "cut")
     assert stopped.value.code == 143
     assert load_checkpoint(tmp_path / "cut").state["step"] == 3
     torch.manual_seed(99)  # whatever a new process draws

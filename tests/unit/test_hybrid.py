@@ -58,7 +58,13 @@ def test_identity_hybrid_generates_what_the_backbone_generates(family: str) -> N
     backbone = tiny_backbone(family)
     model = HybridForCausalLM.from_method(Identity(2), backbone)
     ids, mask = prompts()
-    arguments = dict(attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=2, eos_token_id=None)
+    arguments = {
+        "attention_mask": mask,
+        "max_new_tokens": 8,
+        "do_sample": False,
+        "pad_token_id": 2,
+        "eos_token_id": None,
+    }
     own = backbone.model.generate(ids, **arguments)
     assert torch.equal(model.generate(ids, **arguments), own)
     assert torch.equal(model.generate(ids, use_cache=False, **arguments), own)
@@ -69,7 +75,13 @@ def test_identity_hybrid_generates_what_the_backbone_generates(family: str) -> N
 def test_generation_with_and_without_cache_gives_the_same_tokens(steps: int, sampler: str) -> None:
     model = hybrid(sampler=SamplerConfig(name=sampler, steps=steps))
     ids, mask = prompts()
-    arguments = dict(attention_mask=mask, max_new_tokens=10, do_sample=False, pad_token_id=2, eos_token_id=None)
+    arguments = {
+        "attention_mask": mask,
+        "max_new_tokens": 10,
+        "do_sample": False,
+        "pad_token_id": 2,
+        "eos_token_id": None,
+    }
     cached = model.generate(ids, **arguments)
     assert torch.equal(cached, model.generate(ids, use_cache=False, **arguments))
     alone = model.generate(ids[3:4, 3:], max_new_tokens=10, do_sample=False, pad_token_id=2, eos_token_id=None)
@@ -80,9 +92,18 @@ def test_sampling_and_beams_run_with_the_cache() -> None:
     model = hybrid()
     ids, mask = prompts(2)
     torch.manual_seed(0)
-    sampled = model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=True, pad_token_id=2, eos_token_id=None)
+    sampled = model.generate(
+        ids, attention_mask=mask, max_new_tokens=5, do_sample=True, pad_token_id=2, eos_token_id=None
+    )
     assert sampled.shape == (2, 14)
-    beams = dict(attention_mask=mask, max_new_tokens=5, num_beams=3, do_sample=False, pad_token_id=2, eos_token_id=None)
+    beams = {
+        "attention_mask": mask,
+        "max_new_tokens": 5,
+        "num_beams": 3,
+        "do_sample": False,
+        "pad_token_id": 2,
+        "eos_token_id": None,
+    }
     assert torch.equal(model.generate(ids, **beams), model.generate(ids, use_cache=False, **beams))
 
 

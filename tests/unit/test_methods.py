@@ -7,7 +7,15 @@ import dataclasses
 import pytest
 import torch
 
-from dihal.config import DenoiserConfig, LoraConfig, MethodConfig, ObjectiveConfig, ProcessConfig, SamplerConfig, TimeConfig
+from dihal.config import (
+    DenoiserConfig,
+    LoraConfig,
+    MethodConfig,
+    ObjectiveConfig,
+    ProcessConfig,
+    SamplerConfig,
+    TimeConfig,
+)
 from dihal.controls import Embedding, Identity, MeanState
 from dihal.data import Batch
 from dihal.errors import UsageError
@@ -66,7 +74,11 @@ def trained(backbone, method, steps: int = 30, **batch):
 @pytest.mark.parametrize("name", sorted(METHODS))
 @pytest.mark.parametrize(
     "objective",
-    [ObjectiveConfig(), ObjectiveConfig(state=0.0, kl=1.0), ObjectiveConfig(cross_entropy=0.5, kl=0.5, condition_dropout=0.2)],
+    [
+        ObjectiveConfig(),
+        ObjectiveConfig(state=0.0, kl=1.0),
+        ObjectiveConfig(cross_entropy=0.5, kl=0.5, condition_dropout=0.2),
+    ],
     ids=["state", "kl", "all"],
 )
 def test_every_method_learns_with_every_objective(name: str, objective: ObjectiveConfig) -> None:
@@ -92,7 +104,11 @@ def test_loss_terms_equal_a_direct_computation() -> None:
     eps = normal(0, batch.sample_ids, "noise", (16, 32))
     condition = method.condition_space.normalise(backbone.embed(batch.input_ids), torch.ones_like(positions))
     x0 = method.denoiser(
-        method.space.squash(eps, 4.0), torch.ones(4), condition, position_ids=positions, attention_mask=batch.attention_mask
+        method.space.squash(eps, 4.0),
+        torch.ones(4),
+        condition,
+        position_ids=positions,
+        attention_mask=batch.attention_mask,
     )
     real = batch.attention_mask.float()
     weight = method.space.outlier_weight(z, 4.0)
@@ -119,7 +135,7 @@ def test_state_error_alone_never_runs_the_suffix() -> None:
     backbone.output_embedding.register_forward_pre_hook(lambda *_: calls.append("head"))
     method = build_method(config(objective=ObjectiveConfig(kl=1.0, suffix_start=0.5)), backbone)
     method.fit_normalisation(backbone, [make_batch()])
-    arguments = dict(seed=0, step=0, batch_index=torch.arange(4), global_batch=4)
+    arguments = {"seed": 0, "step": 0, "batch_index": torch.arange(4), "global_batch": 4}
     method.loss(backbone, make_batch(), progress=0.4, **arguments)
     assert calls == []
     method.loss(backbone, make_batch(), progress=0.5, **arguments)
@@ -135,7 +151,7 @@ def test_corrupted_tokens_keep_exact_targets() -> None:
     method.fit_normalisation(backbone, [make_batch(8, 32)])
     seen.clear()
     batch = make_batch(64, 64)
-    arguments = dict(seed=0, step=0, batch_index=torch.arange(64), global_batch=64)
+    arguments = {"seed": 0, "step": 0, "batch_index": torch.arange(64), "global_batch": 64}
     method.loss(backbone, batch, **arguments)
     changed = seen[0] != batch.input_ids
     assert 0.15 < changed.float().mean() < 0.25
@@ -153,13 +169,19 @@ CAUSAL = [
     config(denoiser=dataclasses.replace(DENOISER, self_conditioning=0.5)),
     config(process=ProcessConfig(schedule="linear", parametrisation="flow")),
     config(process=ProcessConfig(schedule="log_linear", parametrisation="eps")),
-    config(process=ProcessConfig(parametrisation="v"), sampler=SamplerConfig(guidance=1.5), objective=ObjectiveConfig(condition_dropout=0.1)),
+    config(
+        process=ProcessConfig(parametrisation="v"),
+        sampler=SamplerConfig(guidance=1.5),
+        objective=ObjectiveConfig(condition_dropout=0.1),
+    ),
     config(name="regression"),
 ]
 
 
 @pytest.mark.parametrize("case", range(len(CAUSAL)))
-@pytest.mark.parametrize(("sampler", "steps"), [("ddim", 1), ("ddim", 3), ("ancestral", 3), ("heun", 2), ("dpmpp_2m", 3)])
+@pytest.mark.parametrize(
+    ("sampler", "steps"), [("ddim", 1), ("ddim", 3), ("ancestral", 3), ("heun", 2), ("dpmpp_2m", 3)]
+)
 @pytest.mark.parametrize("padding", [False, True])
 def test_a_later_token_never_changes_an_earlier_logit(case: int, sampler: str, steps: int, padding: bool) -> None:
     chosen = CAUSAL[case]

@@ -36,6 +36,7 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def config(root):
     return EvalConfig(
+        windows_per_document=None,
         checkpoints=(str(root / "bridge"), str(root / "regression")),
         tokens=700,
         batch_size=4,

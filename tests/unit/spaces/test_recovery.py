@@ -24,9 +24,7 @@ def test_value_and_gradient_equal_the_direct_computation(chunk: int, use_teacher
     weight_ce = torch.rand(17, generator=generator)
     weight_kl = torch.rand(17, generator=generator)
 
-    found = suffix_loss(
-        features, targets, head, weight_ce=weight_ce, weight_kl=weight_kl, teacher=teacher, chunk=chunk
-    )
+    found = suffix_loss(features, targets, head, weight_ce=weight_ce, weight_kl=weight_kl, teacher=teacher, chunk=chunk)
     (2 * found.total).backward()
     gradient = features.grad.clone()
 
