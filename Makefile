@@ -25,7 +25,7 @@ demo-run:
 
 test: $(VENV)/.installed
 	DIHAL_NO_JAXTYPING=1 $(BIN)/python -m pytest tests/compile
-	$(BIN)/python -m pytest tests --ignore tests/compile
+	$(BIN)/python -m pytest tests --ignore tests/compile -n auto
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
