@@ -5,8 +5,8 @@
 Cost: one process; the plain pass runs all blocks and the final norm on the very batches that are
 scored, without the LM head, keeping nothing. Plain and scoring runs alternate; each is represented
 by its fastest run, because everything that disturbs a run makes it slower. All runs are in the
-file. Wall seconds and process CPU seconds are both reported. Memory: one process per number of tokens, a small random
-backbone, peak resident set.
+file. Wall seconds and process CPU seconds are both reported. Memory: one process per number of
+tokens, a small random backbone, peak resident set.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class ScoreConfig:
     """k of the local curvature."""
     anchors: int = 512
     """Anchor tokens of the local curvature."""
-    pool: int = 8_192
+    pool: int = 6_144
     """Tokens kept per layer for neighbours and intervals (a uniform sample when more are scored)."""
     rho: float = 1e-3
     """Ridge of the global stiffness, in units of the mean eigenvalue."""
