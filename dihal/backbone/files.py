@@ -93,11 +93,17 @@ def load_files(
     """Load from ``"embedded"``, a ``.gguf`` file, a local folder or the hub; weights on the CPU."""
     options = {"dtype": dtype, "tokenizer": tokenizer}
     local = Path(source).expanduser()
-    if revision is not None and (source == "embedded" or local.exists()):
+    if revision is not None and source != "embedded" and local.exists():
         raise UsageError(f"{source!r} has no revisions; leave revision out (it is for hub ids).")
     if source == "embedded":
         from dihal.backbone.embedded import EMBEDDED_VERSION, embedded_folder
 
+        # A reference names the version it was made with, and asks for just that one again.
+        if revision not in (None, EMBEDDED_VERSION):
+            raise UsageError(
+                f"the embedded backbone is {EMBEDDED_VERSION!r}, not {revision!r}; leave revision out, or use the "
+                "release of DiHAL that carries it."
+            )
         folder = embedded_folder()
         loaded = _load_pretrained(str(folder), None, {}, trust_remote_code=False, **options)
         return Loaded(loaded.model, loaded.tokenizer, "embedded", EMBEDDED_VERSION)

