@@ -251,7 +251,7 @@ def test_a_hybrid_without_its_backbone_says_so(saved) -> None:
 def test_a_hybrid_of_the_embedded_backbone_finds_it_again(tmp_path) -> None:
     from dihal import load_backbone
 
-    model = HybridForCausalLM.from_method(Identity(1), load_backbone("embedded", device="cpu"))
+    model = hybrid(load_backbone("embedded", device="cpu"))
     model.save_pretrained(tmp_path)
     assert load_hybrid(tmp_path, device="cpu").backbone.reference == model.backbone.reference
     with pytest.raises(UsageError, match="embedded backbone is"):

