@@ -237,10 +237,11 @@ def test_noise_depends_on_position_not_on_the_batch() -> None:
     ids = make_batch(3, 8).input_ids
     together = method.states(backbone, ids)
     alone = method.states(backbone, ids[1:2])
-    torch.testing.assert_close(together[1:2], alone, rtol=1e-4, atol=1e-5)
+    assert (together[1:2] - alone).norm() <= 1e-4 * alone.norm()  # a batch of another size sums in another order
     padded = torch.cat([torch.zeros(1, 3, dtype=torch.int64), ids[1:2]], 1)
     mask = torch.tensor([[False] * 3 + [True] * 8])
-    torch.testing.assert_close(method.states(backbone, padded, attention_mask=mask)[:, 3:], alone, rtol=1e-4, atol=1e-5)
+    moved = method.states(backbone, padded, attention_mask=mask)[:, 3:]
+    assert (moved - alone).norm() <= 1e-4 * alone.norm()
     other = method.states(backbone, ids, sample_ids=torch.arange(3))
     assert torch.equal(other[0], together[0])
     assert not torch.allclose(other[1], together[1])
