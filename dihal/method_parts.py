@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
@@ -12,9 +13,16 @@ from dihal.config.method import MethodConfig
 from dihal.errors import UsageError
 from dihal.nn.cache import DenoiserCache
 from dihal.random import uniform
-from dihal.types import Padding, TokenIds
+from dihal.spaces.recovery import Kernel, divergence, suffix_loss
+from dihal.types import Padding, State, TokenIds
 
-__all__ = ["LossOutput", "SamplingCache", "check_method", "corrupt", "positions_of"]
+if TYPE_CHECKING:
+    from dihal.backbone import Backbone
+    from dihal.config.method import ObjectiveConfig
+    from dihal.data.batch import Batch
+    from dihal.spaces.hidden import HiddenSpace
+
+__all__ = ["LossOutput", "SamplingCache", "check_method", "corrupt", "own_dtype", "positions_of", "suffix_terms"]
 
 
 def positions_of(attention_mask: Padding) -> Int[Tensor, "batch total"]:
@@ -94,19 +102,119 @@ def check_method(config: MethodConfig) -> None:
             "method.lora needs a loss read by the suffix: set method.objective.kl or .cross_entropy above 0, "
             "or method.lora.rank to 0."
         )
-    if not 0.0 <= config.objective.corruption <= 0.5:
-        raise UsageError(f"method.objective.corruption is {config.objective.corruption}; it must be in [0, 0.5].")
-    if config.objective.corruption > 0 and config.objective.cross_entropy > 0:
+    if config.objective.suffix_every < 1:
+        raise UsageError(f"method.objective.suffix_every is {config.objective.suffix_every}; it must be at least 1.")
+    if not 0.0 <= config.objective.metric_floor <= 1.0:
+        raise UsageError(f"method.objective.metric_floor is {config.objective.metric_floor}; it must be in [0, 1].")
+    for name in ("corruption", "renaming"):
+        share = getattr(config.objective, name)
+        if not 0.0 <= share <= 0.5:
+            raise UsageError(f"method.objective.{name} is {share}; it must be in [0, 0.5].")
+        if share > 0 and config.objective.cross_entropy > 0:
+            raise UsageError(
+                f"method.objective.{name} makes next tokens random: it cannot be trained with cross_entropy. "
+                "Set one of them to 0."
+            )
+
+
+def corrupt(
+    ids: TokenIds, sample_ids: Int[Tensor, " batch"], *, scattered: float, renamed: float, seed: int, vocab: int
+) -> TokenIds:
+    """Put random vocabulary entries in the place of some tokens; never of the first.
+
+    Args:
+        ids: tokens.
+        sample_ids: key of each sequence's draws.
+        scattered: mean share of positions changed, each by its own entry.
+        renamed: mean share of distinct tokens changed, every occurrence within a sequence by the same entry, as
+            text about something else would have it.
+        seed: of the run.
+        vocab: entries to draw from.
+
+    Per sequence each share is uniform in [0, twice the mean].
+    """
+    time = ids.shape[1]
+    changed = ids
+    if renamed > 0:
+        words = sample_ids[:, None] * vocab + ids
+        rate = 2 * renamed * uniform(seed, sample_ids, "rename/rate").unsqueeze(-1)
+        other = (vocab * uniform(seed, words, "rename/token", dtype=torch.float64)).long()
+        changed = torch.where(uniform(seed, words, "rename/which") < rate, other, changed)
+    if scattered > 0:
+        rate = 2 * scattered * uniform(seed, sample_ids, "corruption/rate").unsqueeze(-1)
+        chosen = uniform(seed, sample_ids, "corruption/place", (time,)) < rate
+        other = (vocab * uniform(seed, sample_ids, "corruption/token", (time,), dtype=torch.float64)).long()
+        changed = torch.where(chosen, other, changed)
+    return torch.cat([ids[:, :1], changed[:, 1:]], dim=1)
+
+
+def own_dtype(backbone: Backbone) -> torch.autocast:
+    """No autocast inside the backbone: the target and the reading of it must be what evaluation will see."""
+    return torch.autocast(backbone.device.type, enabled=False)
+
+
+def suffix_terms(
+    backbone: Backbone,
+    space: HiddenSpace,
+    objective: ObjectiveConfig,
+    batch: Batch,
+    clean: State,
+    x0: State,
+    position_ids: Int[Tensor, "batch time"],
+    *,
+    every: int = 1,
+    kernel: Kernel = divergence,
+) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+    """Cross-entropy and KL of the estimate, read by the frozen suffix.
+
+    Args:
+        backbone: its blocks from the split on, with adapters where they are active.
+        space: of the estimate.
+        objective: weights of the terms.
+        batch: the tokens, all of them uncorrupted where cross-entropy counts.
+        clean: the backbone's own h^l of the tokens that the estimate is for.
+        x0: estimate of the normalised state.
+        position_ids: of the tokens.
+        every: only every so many-th sequence is read.
+        kernel: see :func:`~dihal.spaces.recovery.suffix_loss`.
+
+    Returns:
+        Weighted sum (mean over the positions read), and each term by name.
+
+    Raises:
+        UsageError: fewer sequences than ``every``.
+    """
+    if batch.input_ids.shape[0] % every:
         raise UsageError(
-            "method.objective.corruption makes the next token random: it cannot be trained with cross_entropy. "
-            "Set one of them to 0."
+            f"method.objective.suffix_every is {every}, which does not divide the micro-batch of "
+            f"{batch.input_ids.shape[0]} sequences. Change one of them."
         )
-
-
-def corrupt(ids: TokenIds, sample_ids: Int[Tensor, " batch"], mean: float, seed: int, vocab: int) -> TokenIds:
-    """Replace a share of the tokens, uniform in [0, 2 ``mean``] per sequence, by random ones; never the first."""
-    rate = 2 * mean * uniform(seed, sample_ids, "corruption/rate").unsqueeze(-1)
-    chosen = uniform(seed, sample_ids, "corruption/place", (ids.shape[1],)) < rate
-    chosen[:, 0] = False
-    random = (vocab * uniform(seed, sample_ids, "corruption/token", (ids.shape[1],), dtype=torch.float64)).long()
-    return torch.where(chosen, random, ids)
+    rows = slice(None, None, every)
+    clean, x0, position_ids = clean[rows], x0[rows], position_ids[rows]
+    keywords = {"attention_mask": None if batch.full else batch.attention_mask[rows], "position_ids": position_ids}
+    with own_dtype(backbone):
+        teacher = None
+        if objective.kl > 0:
+            with torch.no_grad():
+                teacher = backbone.suffix_features(clean, space.split, **keywords).flatten(0, 1)
+        estimate = space.denormalise(x0, position_ids).to(clean.dtype)
+        features = backbone.suffix_features(estimate, space.split, **keywords).flatten(0, 1)
+        counted, real = batch.loss_mask[rows].float(), batch.attention_mask[rows].float()
+        weight_ce = objective.cross_entropy * counted / counted.sum().clamp_min(1)
+        weight_kl = objective.kl * real / real.sum().clamp_min(1)
+        loss = suffix_loss(
+            features,
+            batch.input_ids[rows].roll(-1, dims=1).flatten(),
+            backbone.head,
+            weight_ce=weight_ce.flatten(),
+            weight_kl=weight_kl.flatten(),
+            teacher=teacher,
+            chunk=objective.logit_chunk,
+            kernel=kernel,
+        )
+    terms = {}
+    if objective.cross_entropy > 0:
+        terms["cross_entropy"] = (loss.cross_entropy * weight_ce.flatten()).sum() / objective.cross_entropy
+    if objective.kl > 0:
+        terms["kl"] = (loss.kl * weight_kl.flatten()).sum() / objective.kl
+    return loss.total, terms

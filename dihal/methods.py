@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from dihal.config.method import MethodConfig
@@ -22,12 +22,13 @@ from dihal.diffusion.samplers import nfe, sample
 from dihal.diffusion.timesteps import sample_times
 from dihal.errors import UsageError, unknown_name
 from dihal.lora import Adapters
-from dihal.method_parts import LossOutput, SamplingCache, check_method, corrupt, positions_of
+from dihal.method_parts import LossOutput, SamplingCache, check_method, corrupt, own_dtype, positions_of, suffix_terms
 from dihal.nn.cache import DenoiserCache
 from dihal.nn.transformer import DenoiserTransformer
 from dihal.random import normal, uniform
 from dihal.spaces.hidden import HiddenSpace
-from dihal.spaces.recovery import suffix_loss
+from dihal.spaces.metric import FisherMetric, build_metric
+from dihal.spaces.recovery import Kernel, divergence
 from dihal.types import Mask, Padding, State, Time, TokenIds
 
 if TYPE_CHECKING:
@@ -62,6 +63,9 @@ class Method(nn.Module):
         if config.objective.condition_dropout == 0.0:
             # No loss term reaches it: DDP would wait for its gradient, and a resumed optimiser for its state.
             self.denoiser.null_condition.requires_grad_(False)
+        self.metric = build_metric(config.objective, dim)
+        self.kernel: Kernel = divergence
+        """How losses are computed from logits; :meth:`compile_parts` replaces it by the compiled one."""
         self.lora = nn.ParameterList()
         """Weights of the adapters in the backbone's suffix; empty until :meth:`attach`."""
         self._adapters: Adapters | None = None
@@ -70,6 +74,12 @@ class Method(nn.Module):
     def split(self) -> int:
         """Number of blocks replaced."""
         return self.space.split
+
+    def compile_parts(self) -> None:
+        """Compile the denoiser's blocks in place, and the loss read off the logits."""
+        for block in self.denoiser.blocks:
+            block.compile()
+        self.kernel = torch.compile(divergence, dynamic=False)
 
     def attach(self, backbone: Backbone, *, trainable: bool = True) -> None:
         """Inject the LoRA adapters into the backbone's suffix, if the configuration has any. Call it once."""
@@ -106,6 +116,11 @@ class Method(nn.Module):
 
         self.condition_space.fit(states(0))
         return self.space.fit(states(self.split))
+
+    def fit_metric(self, backbone: Backbone, batches: Iterable[Batch], *, seed: int) -> None:
+        """Measure the metric of the state error, where it is measured at all. Not saved: call it after a resume, too."""
+        if isinstance(self.metric, FisherMetric):
+            self.metric.fit(backbone, self.space, batches, seed=seed, chunk=self.config.objective.logit_chunk)
 
     def _condition(self, backbone: Backbone, input_ids: TokenIds, position_ids: Int[Tensor, "batch time"]) -> State:
         """Normalised token embeddings. The first token is scaled as any other: it may be any token."""
@@ -163,12 +178,19 @@ class Method(nn.Module):
         """
         objective = self.config.objective
         ids, mask = batch.input_ids, batch.attention_mask
-        if objective.corruption > 0:
-            ids = corrupt(ids, batch.sample_ids, objective.corruption, seed, backbone.vocab_size)
+        if max(objective.corruption, objective.renaming) > 0 and self.training:
+            ids = corrupt(
+                ids,
+                batch.sample_ids,
+                scattered=objective.corruption,
+                renamed=objective.renaming,
+                seed=seed,
+                vocab=backbone.vocab_size,
+            )
         position_ids = positions_of(mask)
         full = bool(batch.full)  # known on the host: no padding means the fast attention path everywhere
         attention_mask = None if full else mask
-        with torch.no_grad(), _own_dtype(backbone):
+        with torch.no_grad(), own_dtype(backbone):
             condition = self._condition(backbone, ids, position_ids)
             clean = backbone.prefix(ids, self.split, attention_mask=attention_mask, position_ids=position_ids)
         z = self.space.normalise(clean, position_ids)
@@ -198,7 +220,7 @@ class Method(nn.Module):
 
         real = mask.float()
         count = real.sum().clamp_min(1)
-        error = (out - self.process.target(z, eps, t)).square().mean(-1)
+        error = self.metric(out - self.process.target(z, eps, t)).square().mean(-1)
         weight = self.space.outlier_weight(z, objective.norm_clip) * real
         state = (error * weight).sum() / count
         total = objective.state * state if objective.state > 0 else state.new_zeros(())
@@ -209,51 +231,15 @@ class Method(nn.Module):
         terms = {"state": state.detach(), "explained": explained}
 
         if (objective.cross_entropy > 0 or objective.kl > 0) and progress >= objective.suffix_start:
-            extra, suffix_terms = self._suffix_terms(backbone, batch, clean, x0, position_ids, attention_mask)
+            every = objective.suffix_every if self.training else 1
+            with self.reading():
+                extra, read = suffix_terms(
+                    backbone, self.space, objective, batch, clean, x0, position_ids, every=every, kernel=self.kernel
+                )
             total = total + extra
-            terms |= suffix_terms
+            terms |= read
         tokens = int(ids.numel()) if full else int(mask.sum())
         return LossOutput(total=total, terms=terms, tokens=tokens)
-
-    def _suffix_terms(
-        self,
-        backbone: Backbone,
-        batch: Batch,
-        clean: State,
-        x0: State,
-        position_ids: Int[Tensor, "batch time"],
-        attention_mask: Mask | None,
-    ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-        """Cross-entropy and KL of the estimate, read by the frozen suffix."""
-        objective = self.config.objective
-        keywords = {"attention_mask": attention_mask, "position_ids": position_ids}
-        with _own_dtype(backbone):
-            teacher = None
-            if objective.kl > 0:
-                with torch.no_grad():
-                    teacher = backbone.suffix_features(clean, self.split, **keywords).flatten(0, 1)
-            estimate = self.space.denormalise(x0, position_ids).to(clean.dtype)
-            with self.reading():
-                features = backbone.suffix_features(estimate, self.split, **keywords).flatten(0, 1)
-            counted, real = batch.loss_mask.float(), batch.attention_mask.float()
-            weight_ce = objective.cross_entropy * counted / counted.sum().clamp_min(1)
-            weight_kl = objective.kl * real / real.sum().clamp_min(1)
-            targets = batch.input_ids.roll(-1, dims=1)
-            loss = suffix_loss(
-                features,
-                targets.flatten(),
-                backbone.head,
-                weight_ce=weight_ce.flatten(),
-                weight_kl=weight_kl.flatten(),
-                teacher=teacher,
-                chunk=objective.logit_chunk,
-            )
-        terms = {}
-        if objective.cross_entropy > 0:
-            terms["cross_entropy"] = (loss.cross_entropy * weight_ce.flatten()).sum() / objective.cross_entropy
-        if objective.kl > 0:
-            terms["kl"] = (loss.kl * weight_kl.flatten()).sum() / objective.kl
-        return loss.total, terms
 
     @torch.no_grad()
     def states(
@@ -342,11 +328,6 @@ class Method(nn.Module):
         return evaluations_per_estimate(self.config.sampler.guidance) * nfe(
             self.config.sampler.name if sampler is None else sampler, steps
         )
-
-
-def _own_dtype(backbone: Backbone) -> torch.autocast:
-    # The target and the reading of it must be what evaluation will see: no autocast inside the backbone.
-    return torch.autocast(backbone.device.type, enabled=False)
 
 
 def _bridge(config: MethodConfig, dim: int) -> Method:

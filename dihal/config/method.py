@@ -88,8 +88,18 @@ class ObjectiveConfig:
     """Probability that a sequence is trained without its condition (classifier-free guidance)."""
     corruption: float = 0.0
     """Mean share of tokens replaced by random vocabulary entries, per sequence uniform in [0, twice this]. The targets are the backbone's own on the changed tokens, so they stay exact; not with `cross_entropy`."""
+    renaming: float = 0.0
+    """Mean share of distinct tokens renamed to random vocabulary entries, every occurrence in a sequence alike; drawn and exact as `corruption`."""
     suffix_start: float = 0.0
     """Share of the budget after which the terms read by the suffix begin; before it only the state error is trained."""
+    suffix_every: int = 1
+    """Only every so many-th sequence of a micro-batch is read by the suffix; must divide it. The state error uses all."""
+    metric: Literal["channel", "fisher"] = "channel"
+    """What the state error is measured in: `channel`, each normalised channel alike; `fisher`, the directions in which the next-token distributions react (Fisher information of the suffix, measured once before training)."""
+    metric_floor: float = 0.2
+    """`fisher`: share of the identity mixed in, so that no direction is free."""
+    metric_tokens: int = 32_768
+    """`fisher`: training tokens from which it is measured."""
     logit_chunk: int = 1_024
     """Positions whose logits exist at once (memory, not results)."""
 

@@ -47,8 +47,12 @@ class DataConfig:
     """Tokens per sequence."""
     batch_size: int = 8
     """Sequences per device and micro-batch."""
+    splice: float = 0.0
+    """Share of training sequences put together from spans of text from random places; more contexts from the same text."""
+    splice_length: int = 32
+    """Mean tokens of such a span."""
     seed: int = 0
-    """Seed of the sequence order (and of nothing else)."""
+    """Seed of the sequence order and of spliced places."""
     max_documents: int | None = None
     """Use only the first documents of the source; None: all."""
     workers: int = 0

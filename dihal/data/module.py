@@ -143,6 +143,8 @@ class TextDataModule(L.LightningDataModule):
             start_token_id=self.start_token_id,
             end_token_id=self.end_token_id,
             seed=self.config.seed,
+            splice=self.config.splice,
+            splice_length=self.config.splice_length,
         )
 
     def evaluation_windows(

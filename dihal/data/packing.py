@@ -41,6 +41,8 @@ class PackedStream:
         start_token_id: int | None,
         end_token_id: int | None,
         seed: int,
+        splice: float = 0.0,
+        splice_length: int = 32,
     ) -> None:
         """Join the documents.
 
@@ -49,11 +51,18 @@ class PackedStream:
             sequence_length: tokens per window, start token included.
             start_token_id: first token of every window; None: windows hold text only.
             end_token_id: put after every document and counted as part of it; None: documents are joined directly.
-            seed: key of the order of windows and of the offsets.
+            seed: key of the order of windows, of the offsets and of spliced places.
+            splice: share of windows whose tokens, but for a first span, come from random places of the stream.
+            splice_length: mean tokens of a span (geometric lengths).
 
         Raises:
-            UsageError: the text is shorter than one window.
+            UsageError: the text is shorter than one window, or options out of range.
         """
+        if not 0.0 <= splice <= 1.0 or splice_length < 1:
+            raise UsageError(
+                f"data.splice is a share in [0, 1] and data.splice_length at least 1; got {splice} and {splice_length}."
+            )
+        self.splice, self.splice_length = splice, splice_length
         _check_length(sequence_length)
         tokens, ends = documents.tokens, documents.ends
         if end_token_id is not None:
@@ -86,14 +95,32 @@ class PackedStream:
         begins = offsets + windows * self.body
         return (begins[:, None] + np.arange(self.body)) % len(self._tokens)
 
+    def _spliced(
+        self, places: Int64[np.ndarray, "n body"], sample_ids: Int64[np.ndarray, "n"]
+    ) -> Int64[np.ndarray, "n body"]:
+        """Move all spans but the first of some sequences to places of their own, keyed by sample."""
+        places = places.copy()
+        for row, sample in enumerate(sample_ids.tolist()):
+            generator = np.random.Generator(np.random.Philox(key=[draw(1 << 64, "splice", self.seed, sample), 0]))
+            if generator.random() >= self.splice:
+                continue
+            span = np.cumsum(generator.random(self.body) < 1 / self.splice_length)
+            shifts = generator.integers(0, len(self._tokens), span[-1] + 1)
+            shifts[0] = 0
+            places[row] = (places[row] + shifts[span]) % len(self._tokens)
+        return places
+
     def batch(self, sample_ids: Int64[np.ndarray, "batch"]) -> Batch:
         """Return the sequences of the given samples of the run."""
         places = self.positions(*sample_order(sample_ids, self.windows, self.seed))
+        if self.splice > 0:
+            places = self._spliced(places, sample_ids)
         ids = self._tokens[places].astype(np.int64)
         owners = np.searchsorted(self._ends, places, side="right")
         # The last token of a document has no successor in it. Asking the place, not the neighbour's owner, is also
         # right where the ring closes on the only document there is.
         follows = places + 1 != self._ends[owners]
+        follows[:, :-1] &= places[:, 1:] == (places[:, :-1] + 1) % len(self._tokens)
         follows[:, -1] = False
         if self._start is not None:
             ids = np.insert(ids, 0, self._start, axis=1)

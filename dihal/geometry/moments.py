@@ -23,7 +23,7 @@ def work_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
-_BLOCK = 192  # width of a block column of a CPU product
+_BLOCK = 144  # width of a block column of a CPU product
 _ROWS = 256  # fewer tokens than this wait for more: many small products cost more than one
 
 

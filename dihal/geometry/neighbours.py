@@ -24,8 +24,8 @@ A share, so that a scale h -> a h still moves the curvature by exactly -2 log a.
 
 _MARGIN = 4  # candidates beyond k that are re-ranked exactly
 _GROUPS = 16  # points per group in the candidate search
-_ANCHORS_AT_ONCE = 512  # bounds the matrix of scores
-_GATHER_AT_ONCE = 32  # anchors whose candidates are gathered together: fits a core's cache
+_ANCHORS_AT_ONCE = 128  # bounds the matrix of scores
+_GATHER_AT_ONCE = {"cpu": 2**18, "cuda": 2**26}  # numbers gathered together: a core's cache; few launches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,8 +109,10 @@ def local_spread(points: Float[Tensor, "points dim"], anchors: Int[Tensor, "anch
     assert 2 <= k < len(points), "k must be at least 2 and below the number of points"
     indices = candidates(points, anchors, min(k + _MARGIN, len(points) - 1))
     parts: list[tuple[Tensor, ...]] = []
-    for rows, block in zip(indices.split(_GATHER_AT_ONCE), anchors.split(_GATHER_AT_ONCE)):
-        offset = points[rows]
+    at_once = max(1, _GATHER_AT_ONCE["cuda" if points.is_cuda else "cpu"] // (indices.shape[1] * points.shape[1]))
+    for rows, block in zip(indices.split(at_once), anchors.split(at_once)):
+        # index_select copies whole rows; indexing with a matrix of indices takes three times as long.
+        offset = points.index_select(0, rows.flatten()).unflatten(0, rows.shape)
         offset -= points[block, None]
         distance = torch.linalg.vector_norm(offset, dim=-1).square()
         chosen = distance.topk(k, largest=False, sorted=True)

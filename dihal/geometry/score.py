@@ -19,6 +19,7 @@ from dihal.errors import UsageError, unknown_name
 from dihal.geometry.definitions import definitions
 from dihal.geometry.intervals import percentile_interval, resample_documents
 from dihal.geometry.layer import LayerNumbers, Sampling, assess_layer
+from dihal.geometry.parallel import layer_workers
 from dihal.geometry.proxies import RANKS, STIFFNESSES, score, spearman, z_scores
 from dihal.geometry.report import CoordinateReport, LayerReport, ScoreReport, SplitReport
 from dihal.geometry.streaming import stream_statistics
@@ -248,11 +249,12 @@ def score_layers(
     sampling = Sampling(pool_document=draw.document[window_of], anchor_preference=preference, counts=counts)
     numbers: list[LayerNumbers] = []
     with _progress(progress, draw.tokens, layers) as (forward, scored):
-        statistics = stream_statistics(backbone, draw, pool, config, forward)
-        while statistics:
+        held = {layer.split: layer for layer in stream_statistics(backbone, draw, pool, config, forward)}
+        with layer_workers(backbone.device) as over:
             # A layer is forgotten once it is scored: its pool is the largest thing held.
-            numbers.append(assess_layer(statistics.pop(0), sampling, config))
-            scored(1)
+            for layer in over(lambda split: assess_layer(held.pop(split), sampling, config), range(layers)):
+                numbers.append(layer)
+                scored(1)
     candidates = torch.arange(layers) > 0
     by_coordinates = {name: _coordinate_report(numbers, name, candidates, config) for name in config.coordinates}
     resolved = {**dataclasses.asdict(config), "coordinates": list(config.coordinates)}

@@ -23,6 +23,7 @@ from torch import Tensor
 from dihal.config import ScoreConfig
 from dihal.errors import UsageError
 from dihal.geometry.moments import Moments, work_dtype
+from dihal.geometry.parallel import LayerMap, layer_workers
 from dihal.geometry.windows import Chunk, Draw, plan_chunks
 
 if TYPE_CHECKING:
@@ -120,12 +121,14 @@ class LayerStatistics:
         return self.pool_norms <= self.threshold
 
 
-def _consume(layers: list[LayerStatistics], chunk: Chunk, states: dict[int, Tensor], pool: Tensor) -> None:
+def _consume(
+    layers: list[LayerStatistics], chunk: Chunk, states: dict[int, Tensor], pool: Tensor, over: LayerMap
+) -> None:
     slots = torch.searchsorted(pool, chunk.index).clamp_max(len(pool) - 1)
     rows = (pool[slots] == chunk.index).nonzero().squeeze(1)
     slots = slots[rows]
-    for layer in layers:
-        layer.add(states.pop(layer.split), chunk.first, rows, slots)
+    for _ in over(lambda layer: layer.add(states.pop(layer.split), chunk.first, rows, slots), layers):
+        pass
 
 
 def stream_statistics(
@@ -150,19 +153,22 @@ def stream_statistics(
     layers = [LayerStatistics(split, len(pool), config) for split in range(backbone.num_blocks)]
     plan = plan_chunks(draw, config.batch_tokens)
     waiting: list[tuple[Chunk, dict[int, Tensor]]] = []
-    for number, chunk in enumerate(plan):
-        states = _states(backbone, chunk)
-        waiting.append((chunk, states))
-        if chunk.pilot and number + 1 < len(plan) and plan[number + 1].pilot:
-            continue
-        if chunk.pilot:
-            for layer in layers:
-                layer.prepare([held[layer.split] for _, held in waiting], [done.first for done, _ in waiting])
-        for done, held in waiting:
-            _consume(layers, done, held, pool)
-            if advance is not None:
-                advance(len(done.index))
-        waiting.clear()
+
+    def prepare(layer: LayerStatistics) -> None:
+        layer.prepare([held[layer.split] for _, held in waiting], [done.first for done, _ in waiting])
+
+    with layer_workers(backbone.device) as over:
+        for number, chunk in enumerate(plan):
+            waiting.append((chunk, _states(backbone, chunk)))
+            if chunk.pilot and number + 1 < len(plan) and plan[number + 1].pilot:
+                continue
+            if chunk.pilot:
+                list(over(prepare, layers))
+            for done, held in waiting:
+                _consume(layers, done, held, pool, over)
+                if advance is not None:
+                    advance(len(done.index))
+            waiting.clear()
     return layers
 
 

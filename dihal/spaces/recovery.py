@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["SuffixLoss", "suffix_loss"]
+__all__ = ["Kernel", "SuffixLoss", "divergence", "suffix_loss"]
 
 Head = Callable[[Tensor], Tensor]
+Kernel = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,35 @@ class SuffixLoss:
     kl: Float[Tensor, " positions"]
 
 
+def divergence(
+    logits: Float[Tensor, "positions vocab"],
+    teacher: Float[Tensor, "positions vocab"] | None,
+    targets: Int[Tensor, " positions"],
+    weight_ce: Float[Tensor, " positions"],
+    weight_kl: Float[Tensor, " positions"],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return cross-entropy and KL per position and the gradient of their weighted sum with respect to the logits.
+
+    With q = softmax(logits) and p = softmax(teacher): d CE = q - onehot(target), d KL(p || q) = q - p. Normalised
+    in fp32; the gradient has the logits' dtype. Plain tensor code, so that ``torch.compile`` makes one kernel of
+    it: uncompiled, a dozen (positions, vocab) tensors in fp32 pass through memory.
+    """
+    log_q = F.log_softmax(logits.float(), dim=-1)
+    cross_entropy = -log_q.gather(-1, targets[:, None]).squeeze(-1)
+    q = log_q.exp()
+    gradient = (weight_ce + weight_kl)[:, None] * q
+    # Written as a comparison rather than a scatter: it fuses.
+    onehot = torch.arange(logits.shape[-1], device=logits.device)[None] == targets[:, None]
+    gradient = gradient - weight_ce[:, None] * onehot
+    if teacher is None:
+        return cross_entropy, torch.zeros_like(cross_entropy), gradient.to(logits.dtype)
+    log_p = F.log_softmax(teacher.float(), dim=-1)
+    p = log_p.exp()
+    # p log p = 0 where p = 0: a masked logit is -inf in both.
+    kl = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
+    return cross_entropy, kl, (gradient - weight_kl[:, None] * p).to(logits.dtype)
+
+
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -48,29 +78,28 @@ class _ChunkedLoss(torch.autograd.Function):
         weight_kl: Tensor,
         head: Head,
         chunk: int,
+        kernel: Kernel,
     ) -> tuple[Tensor, Tensor, Tensor]:
         wants_grad = features.requires_grad
         count = features.shape[0]
         gradient = torch.empty_like(features) if wants_grad else None
         cross_entropy = torch.zeros(count, dtype=torch.float32, device=features.device)
         kl = torch.zeros_like(cross_entropy)
+        if teacher is None:
+            weight_kl = torch.zeros_like(weight_kl)
         for start in range(0, count, chunk):
             part = slice(start, min(start + chunk, count))
             with torch.set_grad_enabled(wants_grad):
                 leaf = features[part].detach().requires_grad_(wants_grad)
-                log_q = F.log_softmax(head(leaf.unsqueeze(0)).squeeze(0).float(), dim=-1)
-                ce = F.nll_loss(log_q, targets[part], reduction="none")
-                loss = (ce * weight_ce[part]).sum()
-                if teacher is not None:
-                    with torch.no_grad():
-                        log_p = F.log_softmax(head(teacher[part].unsqueeze(0)).squeeze(0).float(), dim=-1)
-                    # sum p (log p - log q); p log p = 0 where p = 0
-                    divergence = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
-                    loss = loss + (divergence * weight_kl[part]).sum()
-                    kl[part] = divergence.detach()
-                cross_entropy[part] = ce.detach()
+                logits = head(leaf.unsqueeze(0)).squeeze(0)
+            with torch.no_grad():
+                other = None if teacher is None else head(teacher[part].unsqueeze(0)).squeeze(0)
+                cross_entropy[part], kl[part], slope = kernel(
+                    logits.detach(), other, targets[part], weight_ce[part], weight_kl[part]
+                )
             if gradient is not None:
-                (gradient[part],) = torch.autograd.grad(loss, leaf)
+                # Through the head, whatever it is: some families cap their logits.
+                (gradient[part],) = torch.autograd.grad(logits, leaf, slope)
         ctx.gradient = gradient
         total = (cross_entropy * weight_ce).sum() + (kl * weight_kl).sum()
         ctx.mark_non_differentiable(cross_entropy, kl)
@@ -80,7 +109,7 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_total: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         gradient = ctx.gradient
         scaled = None if gradient is None else gradient * grad_total.to(gradient.dtype)
-        return scaled, None, None, None, None, None, None
+        return scaled, None, None, None, None, None, None, None
 
 
 def suffix_loss(
@@ -92,6 +121,7 @@ def suffix_loss(
     weight_kl: Float[Tensor, " positions"],
     teacher: Float[Tensor, "positions dim"] | None = None,
     chunk: int = 1024,
+    kernel: Kernel = divergence,
 ) -> SuffixLoss:
     """Cross-entropy of ``targets`` and KL(teacher || student), through a frozen head.
 
@@ -103,8 +133,9 @@ def suffix_loss(
         weight_kl: weight of each position's KL in the total.
         teacher: the backbone's own features; None skips the KL.
         chunk: positions whose logits exist at once.
+        kernel: :func:`divergence`, or a compiled one.
 
     Logits are made in the features' dtype and normalised in fp32.
     """
-    total, cross_entropy, kl = _ChunkedLoss.apply(features, teacher, targets, weight_ce, weight_kl, head, chunk)
+    total, cross_entropy, kl = _ChunkedLoss.apply(features, teacher, targets, weight_ce, weight_kl, head, chunk, kernel)
     return SuffixLoss(total=total, cross_entropy=cross_entropy, kl=kl)

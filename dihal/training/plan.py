@@ -54,7 +54,7 @@ def flops_per_token(config: TrainConfig, backbone: Backbone) -> dict[str, float]
     if _reads_suffix(config):
         suffix = backbone.flops_per_token(split, backbone.num_blocks, context) + backbone.head_flops_per_token()
         passes = 2 + (1 if config.method.objective.kl > 0 else 0)
-        parts["suffix"] = passes * suffix
+        parts["suffix"] = passes * suffix / config.method.objective.suffix_every
     return parts
 
 
@@ -100,6 +100,7 @@ def estimate_memory(config: TrainConfig, backbone: Backbone, method: Method) -> 
         blocks = backbone.num_blocks - split
         weights = backbone.parameter_count(split, embedding=False, head=False) / max(1, blocks)
         mlp = max(dim, (weights - 4 * dim * dim) / (3 * dim))
+        positions //= objective.suffix_every
         activations += positions * blocks * (12 * dim + 3 * mlp) * held
         activations += 5 * min(objective.logit_chunk, positions) * backbone.vocab_size * 4
     return Memory(

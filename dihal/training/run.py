@@ -102,6 +102,7 @@ def train(config: TrainConfig) -> Path:
         method.fit_normalisation(backbone, _normalisation_batches(data, config.method.normalisation_tokens))
     else:
         method.load_state_dict(checkpoint.tensors("model"))
+    method.fit_metric(backbone, _normalisation_batches(data, config.method.objective.metric_tokens), seed=config.seed)
     module = BridgeModule(
         config,
         backbone=backbone,
@@ -114,7 +115,8 @@ def train(config: TrainConfig) -> Path:
     if checkpoint is not None and module.ema is not None and "ema" in checkpoint.names:
         module.ema.load_state_dict(checkpoint.tensors("ema"), updates=checkpoint.state["ema_updates"])
     if config.trainer.compile:
-        for block in (*method.denoiser.blocks, *backbone.blocks):
+        method.compile_parts()
+        for block in backbone.blocks:
             block.compile()
 
     if first:

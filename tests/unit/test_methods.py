@@ -19,6 +19,7 @@ from dihal.config import (
 from dihal.controls import Embedding, Identity, MeanState
 from dihal.data import Batch
 from dihal.errors import UsageError
+from dihal.method_parts import corrupt
 from dihal.methods import METHODS, build_method, positions_of
 from tests.kit import tiny_backbone
 
@@ -289,7 +290,7 @@ def test_controls() -> None:
         ({"objective": ObjectiveConfig(state=0.0)}, "one must be positive"),
         ({"name": "regression", "sampler": SamplerConfig(steps=4)}, "one step"),
         ({"process": ProcessConfig(parametrisation="eps")}, "eps"),
-        ({"objective": ObjectiveConfig(corruption=0.1, cross_entropy=1.0)}, "next token random"),
+        ({"objective": ObjectiveConfig(corruption=0.1, cross_entropy=1.0)}, "next tokens random"),
         ({"lora": LoraConfig(rank=2)}, "needs a loss read by the suffix"),
         ({"objective": ObjectiveConfig(corruption=0.7)}, "in \\[0, 0.5\\]"),
     ],
@@ -297,3 +298,15 @@ def test_controls() -> None:
 def test_bad_methods_are_refused(changes, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         build_method(config(**changes), tiny_backbone())
+
+
+def test_renamed_tokens_are_renamed_alike_within_a_sequence() -> None:
+    ids = torch.randint(0, 20, (64, 50), generator=torch.Generator().manual_seed(0))
+    changed = corrupt(ids, torch.arange(64), scattered=0.0, renamed=0.25, seed=0, vocab=100_000)
+    assert torch.equal(changed[:, 0], ids[:, 0])
+    for before, after in zip(ids[:, 1:].tolist(), changed[:, 1:].tolist(), strict=True):
+        assert len(set(zip(before, after, strict=True))) == len(set(before))
+    assert 0.15 < (changed != ids).float().mean() < 0.35
+    assert not torch.equal(
+        changed[0], corrupt(ids[:1], torch.tensor([9]), scattered=0, renamed=0.25, seed=0, vocab=100_000)[0]
+    )

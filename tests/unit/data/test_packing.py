@@ -234,3 +234,28 @@ def test_few_windows_of_many_documents():
     assert int(few.predicted_bytes.sum()) == sum(d.bytes for d in few.documents)
     with pytest.raises(UsageError, match="at least 1"):
         _windows(lengths, windows_per_document=0)
+
+
+def test_spliced_windows_are_spans_of_text_keyed_by_sample():
+    lengths = (40, 170, 90, 300)
+    options = {"sequence_length": 60, "start_token_id": START, "end_token_id": END, "seed": 3}
+    plain = PackedStream(_tokenised(lengths), **options)
+    stream = PackedStream(_tokenised(lengths), **options, splice=1.0, splice_length=8)
+    some = stream.batch(np.array([4, 0, 7]))
+    again = stream.batch(np.array([7]))
+    assert torch.equal(some.input_ids[2], again.input_ids[0])
+    assert not torch.equal(some.input_ids, plain.batch(np.array([4, 0, 7])).input_ids)
+    # A position counts exactly where the next token continues the same document.
+    ids = some.input_ids[:, 1:]
+    continues = (ids[:, 1:] == ids[:, :-1] + 1) | ((ids[:, 1:] == END) & (ids[:, :-1] != END))
+    counted = some.loss_mask[:, 1:-1]
+    assert bool((continues | ~counted).all())
+    assert 0.7 < counted.float().mean() < 0.95  # spans of about 8 tokens
+    half = PackedStream(_tokenised(lengths), **options, splice=0.5, splice_length=8).batch(np.arange(64))
+    same = (half.input_ids == plain.batch(np.arange(64)).input_ids).all(1)
+    assert 16 < int(same.sum()) < 48
+
+
+def test_splice_out_of_range_is_refused():
+    with pytest.raises(UsageError, match=r"data\.splice"):
+        PackedStream(_tokenised((50,)), sequence_length=9, start_token_id=START, end_token_id=END, seed=0, splice=1.5)
