@@ -104,13 +104,17 @@ class _Frame:
     def centred(self) -> Tensor:
         return self.states - self.layer.kept["raw"].mean.to(self.states.dtype)
 
+    @functools.cached_property
+    def raw_with_sinks(self) -> Tensor | None:
+        return self.with_sinks("raw")
+
     def with_sinks(self, coordinates: str) -> Tensor | None:
         kept, dropped = self.layer.kept[coordinates], self.layer.dropped[coordinates]
         return kept.merged(dropped).covariance if dropped.count else None
 
 
 def _raw(frame: _Frame) -> _View:
-    return _View(covariance=frame.covariance, with_sinks=frame.with_sinks("raw"), points=frame.centred)
+    return _View(covariance=frame.covariance, with_sinks=frame.raw_with_sinks, points=frame.centred)
 
 
 def _rms(frame: _Frame) -> _View:
@@ -125,7 +129,7 @@ def _rms(frame: _Frame) -> _View:
 
 def _standardized(frame: _Frame) -> _View:
     corr, std = correlation(frame.covariance)
-    both = frame.with_sinks("raw")
+    both = frame.raw_with_sinks
     return _View(
         covariance=corr,
         with_sinks=None if both is None else correlation(both)[0],

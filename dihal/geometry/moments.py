@@ -115,8 +115,10 @@ class Moments:
         """Population covariance (divisor N), fp64, symmetric."""
         self._flush()
         offset = self._total / self.count
-        cov = self._second / self.count - torch.outer(offset, offset)
-        return cov.triu() + cov.triu(1).mT
+        # In place where possible: at a few megabytes each, passes and fresh memory cost as much as an eigensolve's half.
+        cov = (self._second / self.count).addr_(offset, offset, alpha=-1)
+        above = cov.triu(1)
+        return cov.triu_().add_(above.mT)
 
 
 def correlation(
@@ -130,7 +132,7 @@ def correlation(
     variance = covariance.diagonal()
     live = variance > 1e-14 * variance.max()
     std = torch.where(live, variance.clamp_min(0).sqrt(), torch.inf)
-    return covariance / std[:, None] / std[None, :], std
+    return (covariance / std[:, None]).div_(std), std
 
 
 def _in_backend(cov: Tensor, vectors: bool) -> tuple[Tensor, Tensor | None]:

@@ -53,7 +53,7 @@ def _smallest(scores: Tensor, count: int) -> Tensor:
     rows, columns = scores.shape
     per_group = columns // _GROUPS
     if per_group < 2 * count:
-        return scores.topk(count, largest=False).indices
+        return scores.topk(count, largest=False, sorted=False).indices
     body = scores[:, : per_group * _GROUPS]
     minima = body.unflatten(1, (_GROUPS, per_group)).amin(1)
     groups = minima.topk(count, largest=False, sorted=False).indices
@@ -61,7 +61,7 @@ def _smallest(scores: Tensor, count: int) -> Tensor:
     members = (groups[:, None, :] + steps[None, :, None]).flatten(1)
     tail = torch.arange(per_group * _GROUPS, columns, device=scores.device).expand(rows, -1)
     members = torch.cat([members, tail], dim=1)
-    return members.gather(1, scores.gather(1, members).topk(count, largest=False).indices)
+    return members.gather(1, scores.gather(1, members).topk(count, largest=False, sorted=False).indices)
 
 
 def candidates(
