@@ -115,7 +115,7 @@ class Moments:
         """Population covariance (divisor N), fp64, symmetric."""
         self._flush()
         offset = self._total / self.count
-        # In place where possible: at a few megabytes each, passes and fresh memory cost as much as an eigensolve's half.
+        # In place: five such matrices are made per layer, and each pass over fresh memory costs a millisecond or more.
         cov = (self._second / self.count).addr_(offset, offset, alpha=-1)
         above = cov.triu(1)
         return cov.triu_().add_(above.mT)

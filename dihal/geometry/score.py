@@ -214,6 +214,8 @@ def score_layers(
     The text runs once through blocks 0 .. L-2 (h^(L-1) enters the last block), never through the
     head. Memory does not grow with the number of tokens, except for their ids (about 20 bytes per
     token while the pool is drawn): per layer, four d x d fp64 matrices and ``config.pool`` states.
+    On a CPU as many layers are computed at a time as torch has threads, each with the working set
+    of a few more of both; the assessment does not depend on that number.
 
     Args:
         backbone: any loaded backbone with at least 3 blocks.

@@ -308,5 +308,5 @@ def test_renamed_tokens_are_renamed_alike_within_a_sequence() -> None:
         assert len(set(zip(before, after, strict=True))) == len(set(before))
     assert 0.15 < (changed != ids).float().mean() < 0.35
     assert not torch.equal(
-        changed[0], corrupt(ids[:1], torch.tensor([9]), scattered=0, renamed=0.25, seed=0, vocab=100_000)[0]
+        changed[0], corrupt(ids[:1], torch.tensor([9]), scattered=0.0, renamed=0.25, seed=0, vocab=100_000)[0]
     )
