@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from dihal.config.spaces import EmbeddingConfig, KnownConfig, LatentConfig, SimplexConfig, WritingConfig
+
 __all__ = [
     "DenoiserConfig",
     "LoraConfig",
@@ -15,7 +17,7 @@ __all__ = [
     "TimeConfig",
 ]
 
-ScheduleName = Literal["cosine", "linear", "log_linear"]
+ScheduleName = Literal["cosine", "linear", "log_linear", "tan", "gumbel"]
 ParametrisationName = Literal["x0", "eps", "v", "flow"]
 SamplerName = Literal["euler", "heun", "ddim", "ancestral", "dpmpp_2m"]
 
@@ -25,11 +27,15 @@ class ProcessConfig:
     """Noising process and what the network predicts."""
 
     schedule: ScheduleName = "cosine"
-    """`cosine` (variance preserving), `linear` (flow: alpha = 1 - t, sigma = t), `log_linear` (log-SNR linear in t)."""
+    """`cosine` (variance preserving), `linear` (flow: alpha = 1 - t, sigma = t), `log_linear` (log-SNR linear in t), `tan` (alpha = 1 / sqrt(1 + d^2 tan^2(pi t / 2))), `gumbel` (log-SNR is Gumbel-distributed over uniform t; location and scale are learned)."""
     parametrisation: ParametrisationName = "x0"
     """Network output: clean state, noise, v = alpha eps - sigma z, or flow = dz_t/dt."""
     log_snr_max: float = 10.0
     """Log-SNR at t = 0 of `log_linear`; its negative at t = 1."""
+    shift: float = 1.0
+    """Noise relative to signal of `tan` at t = 1/2; above 1: more noise."""
+    warp: bool = False
+    """Learn a monotone reparametrisation of t under which the loss falls linearly (CDCD)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +88,12 @@ class ObjectiveConfig:
     """Cross-entropy of the next token through the frozen suffix, in nats."""
     kl: float = 0.0
     """KL(backbone || hybrid) of the next-token distribution, in nats."""
+    own: float = 0.0
+    """`generate`: cross-entropy of the unknown tokens, read by the own head from the denoised state, in nats."""
+    own_time: Literal["uniform", "signal"] = "signal"
+    """Weight of `own` over time: `uniform`, or the share of signal alpha^2 / (alpha^2 + sigma^2)."""
+    read: float = 0.0
+    """`generate`: cross-entropy of the tokens, read by the own head from the clean state; trains the head only."""
     norm_clip: float = 4.0
     """A token whose normalised norm exceeds this multiple of sqrt(d) counts by its relative error instead."""
     condition_dropout: float = 0.0
@@ -142,10 +154,20 @@ class MethodConfig:
     """Blocks replaced. Give this or `split_from`."""
     split_from: str | None = None
     """A scores.json whose selected split is used."""
-    regime: Literal["replace"] = "replace"
-    """`replace`: every token of the context is known, causally."""
-    space: Literal["hidden"] = "hidden"
+    regime: Literal["replace", "generate"] = "replace"
+    """`replace`: every token of the context is known, causally. `generate`: a prefix is known, the rest is written."""
+    space: Literal["hidden", "embedding", "latent", "simplex"] = "hidden"
     """State space."""
+    embedding: EmbeddingConfig = field(default_factory=EmbeddingConfig)
+    """Options of the space `embedding`."""
+    latent: LatentConfig = field(default_factory=LatentConfig)
+    """Options of the space `latent`."""
+    simplex: SimplexConfig = field(default_factory=SimplexConfig)
+    """Options of the space `simplex`."""
+    known: KnownConfig = field(default_factory=KnownConfig)
+    """What training gives under `generate`."""
+    writing: WritingConfig = field(default_factory=WritingConfig)
+    """How text is written under `generate`."""
     process: ProcessConfig = field(default_factory=ProcessConfig)
     """Noising process."""
     time: TimeConfig = field(default_factory=TimeConfig)
