@@ -78,7 +78,7 @@ def require_checkpoint_backbone(checkpoint: Checkpoint, backbone: Backbone) -> N
         checkpoint.manifest["backbone"],
         checkpoint.manifest["backbone_fingerprint"],
         backbone,
-        int(checkpoint.manifest["split"]),
+        int(checkpoint.manifest["reads_from"]),
     )
 
 

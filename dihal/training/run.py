@@ -14,7 +14,7 @@ import torch
 
 from dihal.backbone import Backbone, backbone_from_config
 from dihal.checkpoint import load_checkpoint
-from dihal.config import TrainConfig
+from dihal.config import MethodConfig, TrainConfig
 from dihal.config.cli import config_hash, dump, to_dict
 from dihal.data.batch import Batch
 from dihal.data.module import TextDataModule
@@ -38,12 +38,17 @@ _NORMALISATION_BATCH = 4_096
 """Tokens per pass of the normalisation: fixed, so that it does not depend on the training batch."""
 
 
-def train(config: TrainConfig) -> Path:
+def train(config: TrainConfig, *, backbone: Backbone | None = None) -> Path:
     """Train a method; return the run folder.
 
     The folder receives ``config.yaml`` and ``config.json`` (resolved), ``metrics.jsonl`` and
     ``metrics.csv``, and ``checkpoints/``. With ``config.dry_run`` the plan is printed instead and
     nothing is written.
+
+    Args:
+        config: the run.
+        backbone: an already loaded one that ``config.backbone`` describes, for many runs in one process; it is not
+            compared with the description, and a compiled or adapted one stays so. None: loaded here.
 
     Raises:
         UsageError: options, data, backbone or file system; before training starts wherever possible.
@@ -60,7 +65,8 @@ def train(config: TrainConfig) -> Path:
     )
     if config.dry_run:
         device = "cuda" if config.trainer.accelerator == "gpu" else "cpu"
-        backbone = backbone_from_config(replace(config.backbone, device=device))
+        if backbone is None:
+            backbone = backbone_from_config(replace(config.backbone, device=device))
         flops = flops_per_token(config, backbone)
         print_plan(config, plan, backbone, _build(config, backbone), flops)
         return Path(config.out)
@@ -71,7 +77,8 @@ def train(config: TrainConfig) -> Path:
     trainer = build_trainer(config, [])
     first = trainer.is_global_zero
     checkpoint = load_checkpoint(folder) if config.resume else None
-    backbone = backbone_from_config(replace(config.backbone, device=str(trainer.strategy.root_device)))
+    if backbone is None:
+        backbone = backbone_from_config(replace(config.backbone, device=str(trainer.strategy.root_device)))
     _check_length(config, backbone)
     data = TextDataModule(
         config.data,
@@ -82,7 +89,7 @@ def train(config: TrainConfig) -> Path:
         progress=first and config.log.progress,
     )
     data.setup()
-    manifest = _manifest(backbone, data, int(config.method.split or 0))
+    manifest = _manifest(backbone, data, config.method)
     progress = TrainingProgress(first and config.log.progress, plan.steps)
     spent = Spent()
     if checkpoint is not None:
@@ -176,12 +183,18 @@ def _normalisation_batches(data: TextDataModule, tokens: int) -> Iterator[Batch]
         yield data.stream.batch(np.arange(start, min(start + size, wanted), dtype=np.int64))
 
 
-def _manifest(backbone: Backbone, data: TextDataModule, split: int) -> dict[str, Any]:
-    """Origin of the numbers. A hybrid needs the weights from the split on; training needed all of them."""
+def _manifest(backbone: Backbone, data: TextDataModule, method: MethodConfig) -> dict[str, Any]:
+    """Origin of the numbers.
+
+    A hybrid needs the weights from the split on (``reads_from``), training and writing text all of them.
+    """
+    split = int(method.split or 0)
+    reads_from = split if method.regime == "replace" else 0
     return {
         "backbone": asdict(backbone.reference),
         "split": split,
-        "backbone_fingerprint": backbone.fingerprint(split),
+        "reads_from": reads_from,
+        "backbone_fingerprint": backbone.fingerprint(reads_from),
         "backbone_full_fingerprint": backbone.fingerprint(),
         "tokenizer_fingerprint": backbone.tokenizer_fingerprint,
         "data_fingerprint": data.fingerprint(),
