@@ -1,4 +1,4 @@
-"""The command line: `dihal score | train | evaluate | leaderboard | generate`.
+"""The command line: `dihal score | train | evaluate | leaderboard | generate | sweep | frontier`.
 
 Each command is a configuration dataclass and a function of it; the same options exist from Python.
 A :class:`~dihal.errors.UsageError` becomes one message on standard error and exit status 2; anything
@@ -13,7 +13,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dihal.config import EvalConfig, GenerateConfig, LeaderboardConfig, ScoreRunConfig, TrainConfig
+from dihal.config import (
+    EvalConfig,
+    FrontierConfig,
+    GenerateConfig,
+    LeaderboardConfig,
+    ScoreRunConfig,
+    SweepConfig,
+    TrainConfig,
+)
 from dihal.errors import UsageError, unknown_name
 
 __all__ = ["COMMANDS", "main", "run_command"]
@@ -25,13 +33,13 @@ def _score(config: ScoreRunConfig) -> None:
     from dihal.backbone import backbone_from_config
     from dihal.data import read_documents, split_documents
     from dihal.geometry import score_layers
-    from dihal.io import ensure_dir
+    from dihal.io import output_dir
 
-    ensure_dir(config.out)
-    train, _ = split_documents(read_documents(config.data), config.data)
-    backbone = backbone_from_config(config.backbone)
-    report = score_layers(backbone, [document.text for document in train], config.score, progress=True)
-    folder = report.save(config.out)
+    with output_dir(config.out):
+        train, _ = split_documents(read_documents(config.data), config.data)
+        backbone = backbone_from_config(config.backbone)
+        report = score_layers(backbone, [document.text for document in train], config.score, progress=True)
+        folder = report.save(config.out)
     console = Console()
     console.print(report.table(console.width))
     console.print(
@@ -74,18 +82,46 @@ def _show_leaderboard(config: LeaderboardConfig) -> None:
         console.print(f"wrote leaderboard.html, .md, .csv, .png and .svg to {config.out}", highlight=False)
 
 
+def _sweep(config: SweepConfig) -> None:
+    from dihal.sweep import sweep
+
+    if not _first_process():
+        return  # one process, as evaluation
+    sweep(config)
+
+
+def _frontier(config: FrontierConfig) -> None:
+    from rich.console import Console
+
+    from dihal.evaluation.frontier import frontier
+
+    if not _first_process():
+        return
+    table = frontier(config)
+    console = Console()
+    console.print(table)
+    console.print(f"wrote the rows, tables, figure and page to {config.out}", highlight=False)
+
+
 def _generate(config: GenerateConfig) -> None:
     import torch
     from rich.console import Console
 
     from dihal.backbone import backbone_from_config
     from dihal.hybrid import load_hybrid
+    from dihal.restore import is_checkpoint, load_method
+    from dihal.writer import Writer
 
     if not config.checkpoint or not config.prompt:
         raise UsageError("dihal generate needs --checkpoint FOLDER and --prompt TEXT.")
     backbone = None if config.backbone is None else backbone_from_config(config.backbone)
-    hybrid = load_hybrid(config.checkpoint, backbone=backbone)
-    backbone = hybrid.backbone
+    source: Any = None
+    if is_checkpoint(config.checkpoint):
+        source, backbone = load_method(config.checkpoint, backbone=backbone)
+    if not isinstance(source, Writer):
+        source = load_hybrid(config.checkpoint, backbone=backbone)
+        backbone = source.backbone
+    assert backbone is not None
     ids = backbone.tokenizer(config.prompt, add_special_tokens=False).input_ids
     start = backbone.start_token_id
     ids = torch.tensor([([] if start is None else [start]) + ids], device=backbone.device)
@@ -97,18 +133,50 @@ def _generate(config: GenerateConfig) -> None:
     }
     if config.temperature > 0:
         options |= {"temperature": config.temperature, "top_k": 0, "top_p": 1.0}
+
+    def with_method() -> Any:
+        if isinstance(source, Writer):
+            return _written(source, backbone, ids, config)
+        more = {"steps": config.steps, "sampler_seed": config.seed}
+        return source.generate(ids, **options, **{k: v for k, v in more.items() if v is not None})
+
     console = Console(highlight=False)
-    runs: list[tuple[str, Any, dict[str, Any]]] = [
-        (f"hybrid, split {hybrid.split}", hybrid, {"steps": config.steps, "sampler_seed": config.seed})
-    ]
+    kind = (
+        f"{source.config.space}, split {source.split}"
+        if isinstance(source, Writer)
+        else f"hybrid, split {source.split}"
+    )
+    runs: list[tuple[str, Callable[[], Any]]] = [(kind, with_method)]
     if config.compare:
-        runs.append(("backbone", backbone.model, {}))
-    for name, model, more in runs:
+        runs.append(("backbone", lambda: backbone.model.generate(ids, **options)))
+    for name, run in runs:
         torch.manual_seed(config.seed)
-        out = model.generate(ids, **options, **{k: v for k, v in more.items() if v is not None})
+        out = run()
         if config.compare:
             console.rule(name)
         console.print(backbone.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True), markup=False)
+
+
+def _written(writer: Any, backbone: Any, ids: Any, config: GenerateConfig) -> Any:
+    """The prompt and what a method of the regime `generate` writes after it, up to its end."""
+    import dataclasses
+
+    import torch
+
+    writing = dataclasses.replace(writer.config.writing, seed=config.seed, temperature=config.temperature)
+    if config.steps is not None:
+        writing = dataclasses.replace(writing, steps=config.steps)
+    room = torch.zeros(1, config.new_tokens, dtype=ids.dtype, device=ids.device)
+    known = torch.cat([torch.ones_like(ids), room], dim=1).bool()
+    text = writer.write(
+        backbone,
+        torch.cat([ids, room], dim=1),
+        known,
+        writing=writing,
+        end=backbone.end_token_id is not None,
+        compare=False,
+    )
+    return text.tokens[:, : int(text.lengths[0])]
 
 
 @dataclass(frozen=True)
@@ -125,6 +193,8 @@ COMMANDS: dict[str, Command] = {
     "evaluate": Command(EvalConfig, _evaluate),
     "leaderboard": Command(LeaderboardConfig, _show_leaderboard),
     "generate": Command(GenerateConfig, _generate),
+    "sweep": Command(SweepConfig, _sweep),
+    "frontier": Command(FrontierConfig, _frontier),
 }
 """Command name -> configuration and function."""
 
@@ -138,6 +208,8 @@ commands:
   evaluate     measure checkpoints beside the rows that are always there
   leaderboard  rank result files that may be compared
   generate     continue a prompt with a trained hybrid
+  sweep        train at every split and compare what predicts the outcome
+  frontier     likelihood of written text against its entropy
 
 `dihal COMMAND --help` lists the options of a command with their defaults."""
 

@@ -157,7 +157,15 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
     def device(self) -> torch.device:
         """Where the backbone is; the bridge follows it."""
         held = self.__dict__.get("_held")
-        return super().device if held is None else held.device
+        if held is not None:
+            return held.device
+        # The identity has no parameter to ask, only a buffer.
+        return next(tensor.device for tensor in (*self.parameters(), *self.buffers()))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the bridge's weights; the backbone has its own."""
+        return next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)
 
     def _hold(self, backbone: Backbone) -> None:
         self.to(backbone.device)
@@ -350,6 +358,11 @@ def load_hybrid(
     """
     if is_checkpoint(path):
         method, found = load_method(path, backbone=backbone, device=device, weights=weights)
+        if not isinstance(method, Method):
+            raise UsageError(
+                f"{str(path)!r} is of the regime {method.config.regime!r}: it is no causal LM. "
+                "Write with dihal.restore.load_method(path)[0].write(...)."
+            )
         return HybridForCausalLM.from_method(method, found)
     if not (Path(path) / "config.json").is_file():
         raise UsageError(

@@ -21,6 +21,7 @@ __all__ = [
     "canonical_json",
     "ensure_dir",
     "hash_json",
+    "output_dir",
     "read_json",
     "require_free_space",
     "sha256_file",
@@ -54,6 +55,26 @@ def ensure_dir(path: str | Path) -> Path:
             "Choose another folder, free some space, or fix its permissions."
         ) from error
     return folder
+
+
+@contextlib.contextmanager
+def output_dir(path: str | Path) -> Iterator[Path]:
+    """Create a folder for output as :func:`ensure_dir` does, before the work that fills it.
+
+    If that work fails, the folders created here are removed again as far as they are empty.
+
+    Raises:
+        UsageError: as :func:`ensure_dir`.
+    """
+    folder = Path(path)
+    missing = [place for place in (folder, *folder.parents) if not os.path.exists(place)]
+    try:
+        yield ensure_dir(folder)
+    except BaseException:
+        for place in missing:  # a folder that is not empty, or was never created, stays as it is
+            with contextlib.suppress(OSError):
+                place.rmdir()
+        raise
 
 
 def require_free_space(folder: str | Path, needed: int) -> None:

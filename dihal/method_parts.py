@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from dihal.config.method import MethodConfig
 from dihal.errors import UsageError
+from dihal.meter import Meter
 from dihal.nn.cache import DenoiserCache
 from dihal.random import uniform
 from dihal.spaces.recovery import Kernel, divergence, suffix_loss
@@ -20,9 +23,19 @@ if TYPE_CHECKING:
     from dihal.backbone import Backbone
     from dihal.config.method import ObjectiveConfig
     from dihal.data.batch import Batch
+    from dihal.nn.transformer import DenoiserTransformer
     from dihal.spaces.hidden import HiddenSpace
 
-__all__ = ["LossOutput", "SamplingCache", "check_method", "corrupt", "own_dtype", "positions_of", "suffix_terms"]
+__all__ = [
+    "LossOutput",
+    "SamplingCache",
+    "check_method",
+    "corrupt",
+    "metered",
+    "own_dtype",
+    "positions_of",
+    "suffix_terms",
+]
 
 
 def positions_of(attention_mask: Padding) -> Int[Tensor, "batch total"]:
@@ -38,11 +51,13 @@ class LossOutput:
         total: scalar to differentiate; weighted mean over counted positions.
         terms: detached scalars by name (``state``, ``explained``, ``cross_entropy``, ``kl``).
         tokens: positions denoised, the unit of the budget.
+        flops: what was executed, forward and backward, by part of ``dihal.meter.PARTS``.
     """
 
     total: Float[Tensor, ""]
     terms: dict[str, Tensor]
     tokens: int
+    flops: dict[str, float]
 
 
 class SamplingCache:
@@ -81,6 +96,11 @@ def check_method(config: MethodConfig) -> None:
     """
     if config.split is None:
         raise UsageError("method.split is not set. Give method.split, or method.split_from a scores.json.")
+    if config.regime == "replace" and config.space != "hidden":
+        raise UsageError(
+            f"regime 'replace' has the space 'hidden' only, not {config.space!r}: every token is known there, so a space "
+            "of tokens is known without any diffusion. Set method.regime to generate, or method.space to hidden."
+        )
     if config.regime == "replace" and config.denoiser.mask != "causal":
         raise UsageError(
             f"regime 'replace' needs method.denoiser.mask 'causal', not {config.denoiser.mask!r}: "
@@ -153,6 +173,30 @@ def own_dtype(backbone: Backbone) -> torch.autocast:
     return torch.autocast(backbone.device.type, enabled=False)
 
 
+def metered(
+    backbone: Backbone, network: DenoiserTransformer, ids: TokenIds, config: MethodConfig, *, null: bool
+) -> Meter:
+    """What a bridge's loss runs, but for the suffix terms.
+
+    Args:
+        backbone: the backbone.
+        network: the denoiser.
+        ids: the tokens of the micro-batch.
+        config: the method.
+        null: conditions were dropped.
+    """
+    meter, training = Meter(backbone), torch.is_grad_enabled()
+    size = {"batch": ids.shape[0], "new": ids.shape[1]}
+    meter.prefix(config.split or 0, **size)
+    if config.denoiser.self_conditioning > 0:
+        meter.denoiser(network, **size, part="self_conditioning")
+    meter.denoiser(network, **size, backward=training, null=null)
+    if config.objective.metric == "fisher":
+        gradient = "input" if training and config.objective.state > 0 else "none"
+        meter.product(network.state_dim, network.state_dim, ids.numel(), part="metric", gradient=gradient)
+    return meter
+
+
 def suffix_terms(
     backbone: Backbone,
     space: HiddenSpace,
@@ -162,21 +206,27 @@ def suffix_terms(
     x0: State,
     position_ids: Int[Tensor, "batch time"],
     *,
+    meter: Meter,
     every: int = 1,
     kernel: Kernel = divergence,
+    reading: AbstractContextManager[None] | None = None,
+    adapters: Sequence[Tensor] = (),
 ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
     """Cross-entropy and KL of the estimate, read by the frozen suffix.
 
     Args:
-        backbone: its blocks from the split on, with adapters where they are active.
+        backbone: its blocks from the split on.
         space: of the estimate.
         objective: weights of the terms.
         batch: the tokens, all of them uncorrupted where cross-entropy counts.
         clean: the backbone's own h^l of the tokens that the estimate is for.
         x0: estimate of the normalised state.
         position_ids: of the tokens.
+        meter: told what is run.
         every: only every so many-th sequence is read.
         kernel: see :func:`~dihal.spaces.recovery.suffix_loss`.
+        reading: scope in which the suffix reads the estimate, with its adapters; the teacher is the frozen suffix.
+        adapters: weights of the adapters that are active in it, for the meter.
 
     Returns:
         Weighted sum (mean over the positions read), and each term by name.
@@ -198,7 +248,8 @@ def suffix_terms(
             with torch.no_grad():
                 teacher = backbone.suffix_features(clean, space.split, **keywords).flatten(0, 1)
         estimate = space.denormalise(x0, position_ids).to(clean.dtype)
-        features = backbone.suffix_features(estimate, space.split, **keywords).flatten(0, 1)
+        with reading or nullcontext():
+            features = backbone.suffix_features(estimate, space.split, **keywords).flatten(0, 1)
         counted, real = batch.loss_mask[rows].float(), batch.attention_mask[rows].float()
         weight_ce = objective.cross_entropy * counted / counted.sum().clamp_min(1)
         weight_kl = objective.kl * real / real.sum().clamp_min(1)
@@ -212,6 +263,13 @@ def suffix_terms(
             chunk=objective.logit_chunk,
             kernel=kernel,
         )
+    sizes = {"batch": x0.shape[0], "new": x0.shape[1]}
+    backward = features.requires_grad
+    meter.suffix(space.split, **sizes, adapters=adapters, backward=backward)
+    meter.head(len(features), backward=backward)
+    if teacher is not None:
+        meter.suffix(space.split, **sizes, part="teacher_suffix")
+        meter.head(len(teacher))
     terms = {}
     if objective.cross_entropy > 0:
         terms["cross_entropy"] = (loss.cross_entropy * weight_ce.flatten()).sum() / objective.cross_entropy

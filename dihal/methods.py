@@ -22,7 +22,16 @@ from dihal.diffusion.samplers import nfe, sample
 from dihal.diffusion.timesteps import sample_times
 from dihal.errors import UsageError, unknown_name
 from dihal.lora import Adapters
-from dihal.method_parts import LossOutput, SamplingCache, check_method, corrupt, own_dtype, positions_of, suffix_terms
+from dihal.method_parts import (
+    LossOutput,
+    SamplingCache,
+    check_method,
+    corrupt,
+    metered,
+    own_dtype,
+    positions_of,
+    suffix_terms,
+)
 from dihal.nn.cache import DenoiserCache
 from dihal.nn.transformer import DenoiserTransformer
 from dihal.random import normal, uniform
@@ -30,6 +39,7 @@ from dihal.spaces.hidden import HiddenSpace
 from dihal.spaces.metric import FisherMetric, build_metric
 from dihal.spaces.recovery import Kernel, divergence
 from dihal.types import Mask, Padding, State, Time, TokenIds
+from dihal.writer import Writer
 
 if TYPE_CHECKING:
     from dihal.backbone import Backbone
@@ -217,6 +227,7 @@ class Method(nn.Module):
         out, x0 = self._estimate(
             z_t, t, condition, position_ids, attention_mask=attention_mask, drop=drop, previous=previous
         )
+        meter = metered(backbone, self.denoiser, ids, self.config, null=drop is not None)
 
         real = mask.float()
         count = real.sum().clamp_min(1)
@@ -232,14 +243,13 @@ class Method(nn.Module):
 
         if (objective.cross_entropy > 0 or objective.kl > 0) and progress >= objective.suffix_start:
             every = objective.suffix_every if self.training else 1
-            with self.reading():
-                extra, read = suffix_terms(
-                    backbone, self.space, objective, batch, clean, x0, position_ids, every=every, kernel=self.kernel
-                )
+            keywords = {"meter": meter, "every": every, "kernel": self.kernel, "adapters": tuple(self.lora)}
+            keywords["reading"] = self.reading()
+            extra, read = suffix_terms(backbone, self.space, objective, batch, clean, x0, position_ids, **keywords)
             total = total + extra
             terms |= read
         tokens = int(ids.numel()) if full else int(mask.sum())
-        return LossOutput(total=total, terms=terms, tokens=tokens)
+        return LossOutput(total=total, terms=terms, tokens=tokens, flops=meter.flops)
 
     @torch.no_grad()
     def states(
@@ -349,12 +359,12 @@ METHODS: dict[str, Callable[[MethodConfig, int], Method]] = {
 """Name -> builder(config, hidden size)."""
 
 
-def build_method(config: MethodConfig, backbone: Backbone | int) -> Method:
+def build_method(config: MethodConfig, backbone: Backbone | int) -> Method | Writer:
     """Build a method with fresh weights, in fp32 on the CPU.
 
     Args:
         config: the method; ``split`` resolved.
-        backbone: the backbone, or its hidden size.
+        backbone: the backbone; under `replace` its hidden size is enough.
 
     Raises:
         UsageError: unknown name (with the near match), a split that the backbone does not have, or
@@ -367,4 +377,16 @@ def build_method(config: MethodConfig, backbone: Backbone | int) -> Method:
             f"method.split {config.split} is out of range: this backbone has {backbone.num_blocks} blocks, "
             f"so splits 0 to {backbone.num_blocks - 1}."
         )
+    if config.regime == "generate":
+        if config.name != "bridge":
+            raise UsageError(
+                f"regime 'generate' has no method {config.name!r}: without noise there is nothing to write from. "
+                "Set method.name to bridge, or method.regime to replace."
+            )
+        if isinstance(backbone, int):
+            raise UsageError(
+                "a method of the regime 'generate' is no causal LM and cannot be loaded as a hybrid: "
+                "write with `dihal generate` or dihal.restore.load_method(path)[0].write(...)."
+            )
+        return Writer(config, dim=backbone.hidden_size, vocab=backbone.vocab_size)
     return METHODS[config.name](config, backbone if isinstance(backbone, int) else backbone.hidden_size)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dihal.checkpoint import Checkpoint, has_checkpoint, load_checkpoint
 from dihal.errors import UsageError
 from dihal.methods import Method, build_method
+from dihal.writer import Writer
 
 if TYPE_CHECKING:
     from dihal.backbone import Backbone
@@ -73,6 +74,10 @@ def restore_backbone(checkpoint: Checkpoint, *, device: str | None = None) -> Ba
 
 def require_checkpoint_backbone(checkpoint: Checkpoint, backbone: Backbone) -> None:
     """:func:`require_backbone` with what the checkpoint's manifest says."""
+    if "reads_from" not in checkpoint.manifest:
+        raise UsageError(
+            f"checkpoint {str(checkpoint.path)!r} was written by an earlier version: its manifest lacks reads_from. Train again."
+        )
     require_backbone(
         f"checkpoint {str(checkpoint.path)!r}",
         checkpoint.manifest["backbone"],
@@ -82,7 +87,7 @@ def require_checkpoint_backbone(checkpoint: Checkpoint, backbone: Backbone) -> N
     )
 
 
-def restore_method(checkpoint: Checkpoint, backbone: Backbone, *, weights: str = "ema") -> tuple[Method, str]:
+def restore_method(checkpoint: Checkpoint, backbone: Backbone, *, weights: str = "ema") -> tuple[Method | Writer, str]:
     """Build a checkpoint's method on the backbone's device, frozen; return it and which weights it has.
 
     Args:
@@ -112,7 +117,7 @@ def restore_method(checkpoint: Checkpoint, backbone: Backbone, *, weights: str =
 
 def load_method(
     path: str | Path, *, backbone: Backbone | None = None, device: str | None = None, weights: str = "ema"
-) -> tuple[Method, Backbone]:
+) -> tuple[Method | Writer, Backbone]:
     """Open a run or checkpoint folder and restore its method with its backbone.
 
     Raises:

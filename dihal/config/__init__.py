@@ -5,6 +5,7 @@ beside a result and compared. ``dihal.config.cli`` turns command lines and YAML 
 """
 
 from dihal.config.evaluation import EvalConfig, GenerateConfig, LeaderboardConfig
+from dihal.config.frontier import FrontierConfig
 from dihal.config.method import (
     DenoiserConfig,
     LoraConfig,
@@ -16,6 +17,8 @@ from dihal.config.method import (
 )
 from dihal.config.parts import BackboneConfig, BudgetConfig, DataConfig
 from dihal.config.score import ScoreConfig, ScoreRunConfig
+from dihal.config.spaces import EmbeddingConfig, KnownConfig, LatentConfig, SimplexConfig, WritingConfig
+from dihal.config.sweep import PredictorConfig, SweepConfig, TextTruthConfig
 from dihal.config.training import LogConfig, OptimConfig, TrainConfig, TrainerConfig
 
 __all__ = [
@@ -23,19 +26,28 @@ __all__ = [
     "BudgetConfig",
     "DataConfig",
     "DenoiserConfig",
+    "EmbeddingConfig",
     "EvalConfig",
+    "FrontierConfig",
     "GenerateConfig",
+    "KnownConfig",
+    "LatentConfig",
     "LeaderboardConfig",
     "LogConfig",
     "LoraConfig",
     "MethodConfig",
     "ObjectiveConfig",
     "OptimConfig",
+    "PredictorConfig",
     "ProcessConfig",
     "SamplerConfig",
     "ScoreConfig",
     "ScoreRunConfig",
+    "SimplexConfig",
+    "SweepConfig",
+    "TextTruthConfig",
     "TimeConfig",
     "TrainConfig",
     "TrainerConfig",
+    "WritingConfig",
 ]

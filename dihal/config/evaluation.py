@@ -26,6 +26,21 @@ class EvalConfig:
     """Windows of `sequence_length` taken from a document at most, its first; null: all. Documents are what intervals resample: many short pieces say more than few long ones."""
     batch_size: int = 8
     """Sequences per forward pass."""
+    controls: tuple[
+        Literal[
+            "embedding",
+            "mean-state",
+            "untrained",
+            "oracle",
+            "shuffled",
+            "random-suffix",
+            "unigram",
+            "bigram",
+            "trigram",
+        ],
+        ...,
+    ] = ("embedding", "mean-state", "untrained", "oracle", "shuffled", "random-suffix", "unigram", "bigram", "trigram")
+    """Untrained rows beside backbone and identity. `untrained`, `oracle` and `shuffled` run each checkpoint once more; the others cost a suffix, or less."""
     steps: tuple[int, ...] = (1, 4)
     """Numbers of sampling steps."""
     sampler: Literal["euler", "heun", "ddim", "ancestral", "dpmpp_2m"] | None = None

@@ -34,6 +34,10 @@ class ProcessConfig:
     """Log-SNR at t = 0 of `log_linear`; its negative at t = 1."""
     shift: float = 1.0
     """Noise relative to signal of `tan` at t = 1/2; above 1: more noise."""
+    gumbel_loc: float = 4.723
+    """`gumbel`: first location of -log-SNR (LangFlow's for 768 channels; informative noise levels move by the log of the channels' ratio)."""
+    gumbel_scale: float = 0.852
+    """`gumbel`: first scale of -log-SNR (LangFlow's)."""
     warp: bool = False
     """Learn a monotone reparametrisation of t under which the loss falls linearly (CDCD)."""
 

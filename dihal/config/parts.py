@@ -69,3 +69,7 @@ class BudgetConfig:
     """Diffused tokens: positions denoised in training, all devices together."""
     seconds: float | None = None
     """Wall seconds of training at most; None: no limit. The learning rate follows whichever runs out first."""
+    flops: float | None = None
+    """FLOPs of training at most, as metered (`dihal/meter.py`: forward and backward, all devices together); None: no limit. `tokens` stays a limit beside it."""
+    trials: int | None = None
+    """Configurations tried before this one was chosen for its method. Shown in results; never compared. None: not recorded."""

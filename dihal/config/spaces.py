@@ -36,6 +36,8 @@ class LatentConfig:
     """Weight of the decoded state's error in the autoencoder's loss."""
     cross_entropy: float = 0.2
     """Weight of the token's cross-entropy through the own readout in the autoencoder's loss."""
+    scale: float = 0.1
+    """Weight of the square of log(mean square of a latent) above 0: without it latents grow until no noise reaches them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +60,10 @@ class KnownConfig:
     """Most known tokens at the start, as a share of the sequence; uniform between."""
     infill: float = 0.1
     """Share of sequences whose end is given, too: its tokens are known, their states are not."""
+    scattered: float = 0.0
+    """Share of sequences with single later tokens given (each with a probability uniform in [0, 1]); `writing.commit` relies on it."""
+    reencoded: float = 0.0
+    """Share of self-conditioned sequences that are fed the re-encoded states of the tokens read from the earlier estimate, as `writing.project` makes them, in place of the estimate."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,5 +94,7 @@ class WritingConfig:
     """Classifier-free guidance on everything known; needs `objective.condition_dropout` in training."""
     block: int | None = None
     """Positions denoised together, one block after another with the keys and values of what is written; None: all."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Products of the denoiser; states, solver and tokens stay in fp32 and fp64."""
     seed: int = 0
     """Seed of noise and tokens."""

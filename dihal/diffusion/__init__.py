@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dihal.diffusion.gaussian import GaussianData
 from dihal.diffusion.guidance import evaluations_per_estimate, guided
+from dihal.diffusion.learned import LearnedGumbel, Warp
 from dihal.diffusion.process import PARAMETRISATIONS, Process, build_process, expand_time
 from dihal.diffusion.samplers import SAMPLERS, Denoise, Noise, nfe, sample, time_grid
-from dihal.diffusion.schedule import SCHEDULES, Cosine, Linear, LogLinear, Schedule, build_schedule
+from dihal.diffusion.schedule import SCHEDULES, Cosine, Linear, LogLinear, Schedule, Tan, build_schedule
 from dihal.diffusion.timesteps import sample_times
 
 __all__ = [
@@ -16,11 +17,14 @@ __all__ = [
     "Cosine",
     "Denoise",
     "GaussianData",
+    "LearnedGumbel",
     "Linear",
     "LogLinear",
     "Noise",
     "Process",
     "Schedule",
+    "Tan",
+    "Warp",
     "build_process",
     "build_schedule",
     "evaluations_per_estimate",

@@ -17,9 +17,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dihal.config.method import ProcessConfig
+from dihal.diffusion.learned import LearnedGumbel, Warp
 from dihal.errors import UsageError, unknown_name
 
-__all__ = ["SCHEDULES", "Cosine", "Linear", "LogLinear", "Schedule", "build_schedule"]
+__all__ = ["SCHEDULES", "Cosine", "Linear", "LogLinear", "Schedule", "Tan", "build_schedule"]
 
 Values = Float[Tensor, "*shape"]
 
@@ -154,19 +155,80 @@ class LogLinear:
         return self.log_snr_max * self.sigma(t) * torch.sigmoid(self.log_snr(t))
 
 
+@dataclass(frozen=True)
+class Tan:
+    """Variance preserving: sigma / alpha = d tan(pi t / 2), the cosine schedule with its noise scaled by d.
+
+    alpha = 1 / sqrt(1 + d^2 tan^2(pi t / 2)); log-SNR is the cosine's less 2 log d (the shifted cosine of Hoogeboom et al. 2023,
+    "simple diffusion"; for text: the tan-d schedule of TEncDM, arXiv 2402.19097).
+    """
+
+    shift: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the range."""
+        if not (math.isfinite(self.shift) and self.shift > 0):
+            raise UsageError(f"shift is {self.shift}; it must be a positive finite number, e.g. 5; 1 is `cosine`.")
+
+    def _parts(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        # cos, d sin, and the root of the sum of their squares: no tangent, which is infinite at t = 1.
+        cosine, sine = torch.sin(_QUARTER * (1 - t)), self.shift * torch.sin(_QUARTER * t)
+        return cosine, sine, torch.sqrt(cosine**2 + sine**2)
+
+    def alpha(self, t: Values) -> Values:
+        """cos / sqrt(cos^2 + d^2 sin^2) of pi t / 2."""
+        cosine, _, root = self._parts(t)
+        return cosine / root
+
+    def sigma(self, t: Values) -> Values:
+        """d sin / sqrt(cos^2 + d^2 sin^2) of pi t / 2."""
+        _, sine, root = self._parts(t)
+        return sine / root
+
+    def log_snr(self, t: Values) -> Values:
+        """-2 log(d tan(pi t / 2))."""
+        cosine, sine, _ = self._parts(t)
+        return 2 * (torch.log(cosine) - torch.log(sine))
+
+    def time(self, log_snr: Values) -> Values:
+        """(2 / pi) atan(exp(-log_snr / 2) / d)."""
+        return (torch.atan(torch.exp(-log_snr / 2) / self.shift) / _QUARTER).clamp(0, 1)
+
+    def alpha_dot(self, t: Values) -> Values:
+        """-(pi / 2) d^2 sin / (cos^2 + d^2 sin^2)^(3/2)."""
+        _, sine, root = self._parts(t)
+        return -_QUARTER * self.shift * sine / root**3
+
+    def sigma_dot(self, t: Values) -> Values:
+        """(pi / 2) d cos / (cos^2 + d^2 sin^2)^(3/2)."""
+        cosine, _, root = self._parts(t)
+        return _QUARTER * self.shift * cosine / root**3
+
+
 SCHEDULES: dict[str, Callable[[ProcessConfig], Schedule]] = {
     "cosine": lambda config: Cosine(),
     "linear": lambda config: Linear(),
     "log_linear": lambda config: LogLinear(config.log_snr_max),
+    "tan": lambda config: Tan(config.shift),
+    "gumbel": lambda config: LearnedGumbel(config.gumbel_loc, config.gumbel_scale),
 }
 
 
 def build_schedule(config: ProcessConfig) -> Schedule:
-    """Return the schedule that ``config.schedule`` names.
+    """Return the schedule that ``config.schedule`` names, warped where ``config.warp`` says so.
+
+    A learned schedule is an ``nn.Module``: who trains it registers it, and adds its ``fit_loss`` to the loss.
 
     Raises:
-        UsageError: unknown name, or a parameter out of range.
+        UsageError: unknown name, a parameter out of range, or a warp of a schedule that learns by itself.
     """
     if config.schedule not in SCHEDULES:
         raise unknown_name("schedule", config.schedule, SCHEDULES)
-    return SCHEDULES[config.schedule](config)
+    schedule = SCHEDULES[config.schedule](config)
+    if not config.warp:
+        return schedule
+    if isinstance(schedule, LearnedGumbel):
+        raise UsageError(
+            "schedule 'gumbel' learns its noise levels already: set method.process.warp to false, or use 'cosine'."
+        )
+    return Warp(schedule)

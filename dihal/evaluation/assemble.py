@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dihal.config import EvalConfig
 from dihal.evaluation.bootstrap import difference, document_weights, estimate
+from dihal.evaluation.cost import sampling_flops
 from dihal.evaluation.definitions import METRICS
 from dihal.evaluation.measure import Measured
 from dihal.evaluation.result import SCHEMA, Comparable, Cost, Estimate, Result, TextResult
@@ -37,6 +40,7 @@ class Context:
     backbone: dict[str, Any]
     details: dict[str, Any]
     provenance: dict[str, Any]
+    sampling_flops: Callable[[Row], dict[str, float]]
 
 
 def context_of(
@@ -65,6 +69,7 @@ def context_of(
             "metrics": {name: metric.definition for name, metric in METRICS.items()},
         },
         provenance=provenance(),
+        sampling_flops=partial(sampling_flops, backbone, length=data.config.sequence_length),
     )
 
 
@@ -118,6 +123,7 @@ def assemble(
     trained = row.trained
     train_config = None if trained is None else asdict(trained.config)
     state = {} if trained is None else trained.checkpoint.state
+    ledger = state.get("budget", {})
     return Result(
         schema=SCHEMA,
         name=row.name,
@@ -140,9 +146,14 @@ def assemble(
             trainable_parameters=row.trainable_parameters,
             frozen_parameters=row.frozen_parameters,
             diffused_tokens=state.get("tokens"),
+            unique_tokens=ledger.get("unique_tokens"),
+            train_flops=state.get("flops"),
             train_seconds=state.get("seconds"),
-            tuning_trials=None,
+            train_peak_memory=state.get("peak_memory"),
+            train_hardware=None if trained is None else trained.hardware,
+            tuning_trials=None if trained is None else trained.config.budget.trials,
             nfe=row.nfe,
+            sampling_flops=context.sampling_flops(row),
             evaluation_seconds={steps: found.seconds for steps, found in measured.items() if row.source is not None},
         ),
         checkpoint=None if trained is None else trained.identity(),

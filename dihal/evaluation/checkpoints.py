@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 from dihal.checkpoint import Checkpoint, load_checkpoint
 from dihal.config import TrainConfig
 from dihal.errors import UsageError
+from dihal.evaluation.result import BudgetTerms, TextTerms
 from dihal.io import hash_json, sha256_file
 from dihal.methods import Method
 from dihal.restore import restore_method
+from dihal.writer import Writer
 
 if TYPE_CHECKING:
     from dihal.backbone import Backbone
@@ -30,14 +32,49 @@ class Trained:
     """Name of the row: the run folder's, made longer where two would be equal."""
     checkpoint: Checkpoint
     config: TrainConfig
-    method: Method
+    method: Method | Writer
     weights: str
     """`ema` or `raw`, as loaded."""
 
     @property
     def budget(self) -> str:
-        """Hash of the budget's options."""
-        return hash_json(asdict(self.config.budget))
+        """Hash of what the budget allowed."""
+        return hash_json(asdict(self.budget_terms))
+
+    @property
+    def budget_terms(self) -> BudgetTerms:
+        """What the budget allowed; trials are shown, not compared."""
+        budget = self.config.budget
+        return BudgetTerms(
+            name=budget.name,
+            tokens=budget.tokens,
+            seconds=budget.seconds,
+            flops=budget.flops,
+            hardware=None if budget.seconds is None else self.hardware,
+        )
+
+    @property
+    def text_terms(self) -> TextTerms:
+        """What was trained on, in which order."""
+        data = self.config.data
+        return TextTerms(
+            data_fingerprint=self.checkpoint.manifest["data_fingerprint"]["train"],
+            sequence_length=data.sequence_length,
+            seed=data.seed,
+            splice=data.splice,
+            splice_length=data.splice_length,
+        )
+
+    @property
+    def hardware(self) -> str | None:
+        """What it was trained on, in words; None where the checkpoint does not say."""
+        found = (self.checkpoint.manifest.get("provenance") or {}).get("hardware")
+        if found is None:
+            return None
+        trainer = self.config.trainer
+        if trainer.accelerator == "gpu" and found["gpus"]:
+            return f"{int(trainer.devices) * trainer.nodes} x {found['gpus'][0]}"
+        return f"{found['cpus']} CPU cores ({found['machine']}), {found['threads']} threads"
 
     def identity(self) -> dict[str, Any]:
         """What the result file says about the checkpoint."""

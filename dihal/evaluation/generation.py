@@ -161,6 +161,15 @@ def generate_row(
     began = time.perf_counter()
     if row.logits is not None:
         made = _unigram(row, backbone, prompts, new_tokens=new_tokens, temperature=temperature, seed=seed)
+    elif row.ngram is not None:
+        made = row.ngram.sample(
+            prompts.prompts,
+            new_tokens=new_tokens,
+            temperature=temperature,
+            seed=seed,
+            sample_ids=prompts.sample_ids,
+            banned=backbone.end_token_id,
+        )
     else:
         source = row.trained.method if row.trained is not None else Identity(min(1, backbone.num_blocks - 1))
         made = _continue(

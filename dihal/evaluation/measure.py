@@ -182,7 +182,7 @@ def measure(
     Args:
         backbone: the backbone.
         windows: evaluation windows.
-        rows: the rows; those without a source are measured from their logits, or are the backbone.
+        rows: the rows; those without a source are measured from their logits or n-grams, or are the backbone.
         batch_size: windows per forward pass.
         sampler: solver; None: each method's own.
         seed: seed of the sampling noise, which is further keyed by window and position.
@@ -281,6 +281,9 @@ def _add_distribution(
 ) -> None:
     if run.row.logits is not None:
         logits = run.row.logits.expand_as(reference.log_p)
+    elif run.row.ngram is not None:
+        contexts = run.row.ngram.contexts(batch.ids).flatten(0, 1)[batch.counted[part]]
+        logits = run.row.ngram.log_probabilities(contexts, dtype=torch.float32)
     else:
         logits = _head(backbone, teacher[part] if run.features is None else run.features[part])
     found = _named(run, lambda: metrics.compare_distribution(reference, logits, batch.targets[part]))

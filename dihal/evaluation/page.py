@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from html import escape
 
 from dihal.evaluation import series, svg
@@ -173,7 +174,7 @@ def _samples(found: dict[str, TextResult]) -> str:
 
 
 def _provenance(entry: Entry) -> str:
-    result = entry.result
+    result, cost = entry.result, entry.result.cost
     commit = result.provenance.get("commit")
     facts = {
         "file": entry.path.name,
@@ -183,14 +184,21 @@ def _provenance(entry: Entry) -> str:
         "configuration": result.config_hash,
         "training configuration": result.train_config_hash,
         "checkpoint": None if result.checkpoint is None else json.dumps(result.checkpoint),
-        "budget": result.comparable.budget,
+        "budget": None if result.comparable.budget is None else json.dumps(asdict(result.comparable.budget)),
         "backbone": f"{result.backbone.get('id')} {result.comparable.backbone_fingerprint[:16]}",
         "text": result.comparable.data_fingerprint[:16],
         "tokenizer": result.comparable.tokenizer_fingerprint[:16],
         "versions": ", ".join(f"{k} {v}" for k, v in (result.provenance.get("versions") or {}).items() if v),
         "hardware": json.dumps(result.provenance.get("hardware")),
-        "evaluations of the denoiser": json.dumps(result.cost.nfe) if result.cost.nfe else None,
-        "training seconds": result.cost.train_seconds,
+        "evaluations of the denoiser": json.dumps(cost.nfe) if cost.nfe else None,
+        "training seconds": cost.train_seconds,
+        "training FLOPs": None if cost.train_flops is None else f"{sum(cost.train_flops.values()):.4g}",
+        "training FLOPs by part": None if cost.train_flops is None else json.dumps(cost.train_flops),
+        "unique training tokens": cost.unique_tokens,
+        "training hardware": cost.train_hardware,
+        "training peak memory": None if cost.train_peak_memory is None else f"{cost.train_peak_memory:,} bytes",
+        "configurations tried": cost.tuning_trials,
+        "FLOPs per predicted token": json.dumps(cost.sampling_flops) if cost.sampling_flops else None,
         "notes": "; ".join(result.details.get("notes", [])) or None,
     }
     lines = "".join(f"<dt>{escape(k)}</dt><dd>{escape(str(v))}</dd>" for k, v in facts.items() if v is not None)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from dihal.errors import UsageError
 from dihal.evaluation.bootstrap import document_weights
 from dihal.evaluation.definitions import METRICS, direction, ratio
-from dihal.evaluation.result import COMPARABLE, Result, is_result, read_result
+from dihal.evaluation.result import TEXT_FACTS, Result, facts, is_result, read_result
 from dihal.io import read_json
 
 __all__ = ["Board", "Entry", "build_board", "gather", "require_comparable"]
@@ -81,36 +82,43 @@ def gather(paths: Sequence[str | Path]) -> tuple[list[tuple[Path, Result]], int]
     return list(found.items()), ignored
 
 
-def require_comparable(results: Sequence[tuple[Path, Result]]) -> None:
+def require_comparable(results: Sequence[tuple[Path, Result]], *, metric: str | None = None) -> None:
     """Refuse rows that must not share a table.
 
-    Budgets are compared among trained rows only; a row that was not trained goes with any budget.
+    Budget and training text are compared among trained rows only; a row that was not trained goes with any. Where
+    rows are ranked by a text metric, how the texts were made and scored must agree, too.
+
+    Args:
+        results: files and their results.
+        metric: the ranking metric; None: what any table needs.
 
     Raises:
         UsageError: naming the first field that differs, both values and both files, and further fields.
     """
-    for field in COMPARABLE:
-        first: tuple[Path, Result] | None = None
-        for path, result in results:
-            value = getattr(result.comparable, field)
-            if field == "budget" and value is None:
+    rows = [(path, result, facts(result)) for path, result in results]
+    if metric is not None and metric not in METRICS:
+        rows = [(path, result, known | _text_facts(result, metric)) for path, result, known in rows]
+    for field in dict.fromkeys(name for _, _, known in rows for name in known):
+        having = [row for row in rows if field in row[2]]
+        path, result, known = having[0]
+        for other_path, other, found in having[1:]:
+            if found[field] == known[field]:
                 continue
-            if first is None:
-                first = (path, result)
-                continue
-            wanted = getattr(first[1].comparable, field)
-            if value == wanted:
-                continue
-            others = [
-                name
-                for name in COMPARABLE
-                if name != field and getattr(result.comparable, name) != getattr(first[1].comparable, name)
-            ]
+            others = [name for name in known if name != field and name in found and found[name] != known[name]]
             more = f" Also different: {', '.join(others)}." if others else ""
             raise UsageError(
-                f"these rows are not comparable: {field} is {wanted!r} in {first[1].name!r} ({first[0]}) and "
-                f"{value!r} in {result.name!r} ({path}).{more} Rank them separately, or evaluate them alike."
+                f"these rows are not comparable: {field} is {known[field]!r} in {result.name!r} ({path}) and "
+                f"{found[field]!r} in {other.name!r} ({other_path}).{more} Rank them separately, or evaluate them "
+                "alike."
             )
+
+
+def _text_facts(result: Result, metric: str) -> dict[str, Any]:
+    # All texts of a row are made in one call, with the same options.
+    found = {f"text.{name}": getattr(text, name) for text in result.text.values() for name in TEXT_FACTS}
+    if found and metric == "tokens_per_second":
+        found["provenance.hardware"] = result.provenance.get("hardware")
+    return found
 
 
 def build_board(results: Sequence[tuple[Path, Result]], *, sort_by: str, ignored: int = 0) -> Board:
@@ -124,7 +132,7 @@ def build_board(results: Sequence[tuple[Path, Result]], *, sort_by: str, ignored
         UsageError: unknown metric, rows that are not comparable, or none that has the metric.
     """
     lower = direction(sort_by)
-    require_comparable(results)
+    require_comparable(results, metric=sort_by)
     kept, duplicates = _without_copies(results)
     labels = _labels(kept)
     ranked, rest = [], []

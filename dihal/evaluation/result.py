@@ -1,4 +1,4 @@
-"""One JSON per row: schema ``dihal.result/1``. Tables are derived from these files, never typed.
+"""One JSON per row: schema ``dihal.result/2``. Tables are derived from these files, never typed.
 
 A result is self-describing: metrics with intervals, the per-document sums they come from, what it may be
 compared with, what it cost, and where it came from. The dataclasses below *are* the schema: every field is
@@ -8,7 +8,7 @@ required, none else is allowed, on writing and on reading.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +17,26 @@ from dihal.evaluation.bootstrap import Interval
 from dihal.evaluation.definitions import METRICS, SUMS
 from dihal.evaluation.schema import from_data, to_data
 from dihal.io import read_json, write_json
+from dihal.meter import PARTS
 
 __all__ = [
-    "COMPARABLE",
     "KINDS",
     "SCHEMA",
+    "TEXT_FACTS",
+    "BudgetTerms",
     "Comparable",
     "Cost",
     "Estimate",
     "Result",
     "TextResult",
+    "TextTerms",
+    "facts",
     "is_result",
     "read_result",
     "write_result",
 ]
 
-SCHEMA = "dihal.result/1"
+SCHEMA = "dihal.result/2"
 
 KINDS = ("checkpoint", "bound", "control", "text")
 """`checkpoint`: a trained method. `bound`: backbone and identity. `control`: floors. `text`: real continuations."""
@@ -93,6 +97,32 @@ class TextResult:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BudgetTerms:
+    """What a trained row was allowed to spend: `BudgetConfig` without what is only shown."""
+
+    name: str
+    tokens: int
+    seconds: float | None
+    flops: float | None
+    hardware: str | None
+    """What it was trained on, where the budget has seconds, whose worth depends on it; else null."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextTerms:
+    """What a trained row was trained on, and in which order."""
+
+    data_fingerprint: str
+    """Of the training documents."""
+    sequence_length: int
+    seed: int
+    """Of the order of sequences."""
+    splice: float
+    """Share of sequences put together from spans of text."""
+    splice_length: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Comparable:
     """What must agree before two rows are ranked in one table."""
 
@@ -106,35 +136,59 @@ class Comparable:
     """Tokens asked for."""
     data_fingerprint: str
     """Of the evaluated windows: token ids, documents and counted positions."""
-    budget: str | None
-    """Hash of the training budget; null for a row that was not trained, which any budget may be compared with."""
+    budget: BudgetTerms | None
+    """Null for a row that was not trained, which any budget may be compared with."""
+    training: TextTerms | None
+    """Null for a row that was not trained."""
 
 
-COMPARABLE = (
-    "metric_version",
-    "score_type",
-    "tokenizer_fingerprint",
-    "backbone_fingerprint",
-    "sequence_length",
-    "tokens",
-    "data_fingerprint",
-    "budget",
-)
-"""Fields of :class:`Comparable`, causes before consequences: the first that differs is the one to name."""
+def facts(result: Result) -> dict[str, Any]:
+    """Return what must agree between two rows, by name, causes before consequences: the first that differs is to be named.
+
+    Names without a value are left out: a row that was not trained has neither budget nor training.
+    """
+    shared, found = result.comparable, {}
+    for name in ("metric_version", "score_type"):
+        found[name] = getattr(shared, name)
+    found["regime"] = result.regime
+    for name in ("tokenizer_fingerprint", "backbone_fingerprint", "sequence_length", "tokens", "data_fingerprint"):
+        found[name] = getattr(shared, name)
+    for group in ("budget", "training"):
+        terms = getattr(shared, group)
+        if terms is not None:
+            found |= {f"{group}.{field.name}": getattr(terms, field.name) for field in fields(terms)}
+    # Ranks and intervals of one table come from one set of resamples.
+    return found | {name: getattr(result, name) for name in ("confidence", "bootstrap", "bootstrap_seed")}
+
+
+TEXT_FACTS = ("scorer", "samples", "prompt_tokens", "new_tokens", "temperature")
+"""Fields of :class:`TextResult` that must agree between rows ranked by a text metric."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What the row cost; null where it does not apply."""
+    """What the row cost; null where it does not apply, or was not metered."""
 
     trainable_parameters: int | None
     frozen_parameters: int | None
     """Backbone parameters still needed at inference."""
     diffused_tokens: int | None
+    """Positions denoised in training."""
+    unique_tokens: int | None
+    """Distinct tokens of the training text among them; an upper bound where sequences are spliced."""
+    train_flops: dict[str, float] | None
+    """FLOPs of training as executed, forward and backward, by part of `dihal.meter.PARTS`."""
     train_seconds: float | None
+    train_peak_memory: int | None
+    """Bytes of one process."""
+    train_hardware: str | None
     tuning_trials: int | None
+    """Configurations tried for this method (`BudgetConfig.trials`); null: not recorded."""
     nfe: dict[str, int]
     """Denoiser evaluations per position, by number of steps."""
+    sampling_flops: dict[str, float]
+    """FLOPs per predicted token of a whole window: state, suffix and head, by number of steps ("0": the row does not
+    sample); empty where they are not counted."""
     evaluation_seconds: dict[str, float]
     """Wall seconds of the row's own states and suffix over the whole evaluation, by number of steps."""
 
@@ -186,6 +240,8 @@ def _check(result: Result, where: str) -> None:
             raise UsageError(f"{where}: {message}. Write the file again with `dihal evaluate`.")
 
     require(result.schema == SCHEMA, f"schema is {result.schema!r}, this version reads {SCHEMA!r}")
+    unknown = sorted(set(result.cost.train_flops or {}) - set(PARTS))
+    require(not unknown, f"cost.train_flops: unknown part {', '.join(map(repr, unknown))}")
     require(result.kind in KINDS, f"kind {result.kind!r} is none of {', '.join(KINDS)}")
     require(bool(result.metrics), "metrics is empty")
     for field, names, blocks in (

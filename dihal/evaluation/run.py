@@ -20,9 +20,10 @@ from dihal.evaluation.checkpoints import load_trained, open_checkpoints, require
 from dihal.evaluation.definitions import METRIC_VERSION
 from dihal.evaluation.generation import Scorer, generate_row, pick_prompts, text_result
 from dihal.evaluation.measure import Measured, measure
+from dihal.evaluation.ngram import NgramModel
 from dihal.evaluation.result import Comparable, Result, TextResult, read_result, write_result
-from dihal.evaluation.rows import NO_SAMPLING, Row, build_rows, unigram_log_probabilities
-from dihal.io import ensure_dir, hash_json
+from dihal.evaluation.rows import NGRAMS, NO_SAMPLING, Row, build_rows, other_documents, unigram_log_probabilities
+from dihal.io import hash_json, output_dir
 from dihal.restore import require_checkpoint_backbone
 
 if TYPE_CHECKING:
@@ -151,11 +152,46 @@ def _existing(path: Path, config_hash: str, comparable: Comparable) -> Result | 
     return found if found.config_hash == config_hash and found.comparable == comparable else None
 
 
-def _row_hash(config: EvalConfig, row: Row, comparable: Comparable) -> str:
+def _row_hash(config: EvalConfig, row: Row, comparable: Comparable, counted_text: str) -> str:
     decides = asdict(replace(config, checkpoints=(), backbone=None, data=None, out="", leaderboard=True, batch_size=1))
+    del decides["controls"]  # which other rows there are
     stands_on = row.trained or row.basis
-    checkpoint = None if stands_on is None else stands_on.identity()["sha256"]
-    return hash_json([decides, row.name, row.kind, row.split, row.steps, checkpoint, asdict(comparable)])
+    basis = None if stands_on is None else stands_on.identity()["sha256"]
+    if row.logits is not None or row.ngram is not None:
+        basis = counted_text
+    return hash_json([decides, row.name, row.kind, row.split, row.steps, basis, asdict(comparable)])
+
+
+def _rows(
+    config: EvalConfig,
+    backbone: Backbone,
+    checkpoints: list[Checkpoint],
+    data: TextDataModule,
+    windows: EvaluationWindows,
+    console: Console,
+) -> list[Row]:
+    trained = load_trained(checkpoints, backbone, weights=config.weights)
+    text, vocab = data.train_tokens, backbone.vocab_size
+    counts = np.bincount(text.tokens, minlength=vocab)
+    wanted = {name: order for name, order in NGRAMS.items() if name in config.controls}
+    ngrams = {}
+    if wanted:
+        model = NgramModel.fit(text.tokens, order=max(wanted.values()), vocab=vocab, ends=text.ends)
+        ngrams = {name: model.of_order(order).to(backbone.device) for name, order in wanted.items()}
+    other = other_documents(windows) if "shuffled" in config.controls else None
+    if trained and other is None and "shuffled" in config.controls:
+        console.print("[dim]no shuffled rows: all windows are of one document[/dim]", highlight=False)
+    return build_rows(
+        backbone,
+        trained,
+        steps=config.steps,
+        sampler=config.sampler,
+        unigram=unigram_log_probabilities(torch.from_numpy(counts).double()).to(backbone.device),
+        ngrams=ngrams,
+        other=other,
+        controls=config.controls,
+        seed=config.seed,
+    )
 
 
 def _scorer(config: EvalConfig, backbone: Backbone) -> Scorer:
@@ -176,10 +212,25 @@ def evaluate(config: EvalConfig, *, console: Console | None = None) -> list[Path
         UsageError: checkpoints that cannot share a table; a backbone, tokenizer or text that is not theirs; options
             out of range; an output folder that cannot be written. Nothing is half-written.
     """
-    console = console or Console(stderr=True)
     _check(config)
-    folder = ensure_dir(config.out)
+    with output_dir(config.out) as folder:
+        return _evaluate(config, folder, console or Console(stderr=True))
+
+
+def _evaluate(config: EvalConfig, folder: Path, console: Console) -> list[Path]:
     checkpoints = open_checkpoints(config.checkpoints)
+    for checkpoint in checkpoints:
+        if checkpoint.config.method.regime != "replace":
+            raise UsageError(
+                f"checkpoint {str(checkpoint.path)!r} was trained under the regime {checkpoint.config.method.regime!r}: it "
+                "writes text and predicts no next token of a given one. Measure it with `dihal frontier`."
+            )
+    for checkpoint in checkpoints:
+        if checkpoint.config.method.regime != "replace":
+            raise UsageError(
+                f"checkpoint {str(checkpoint.path)!r} is of the regime {checkpoint.config.method.regime!r}: it has no "
+                "next-token distribution to measure. Use `dihal frontier`."
+            )
     backbone = _load_backbone(config, checkpoints)
     data = _data(config, checkpoints, backbone)
     windows = data.evaluation_windows(
@@ -190,10 +241,7 @@ def evaluate(config: EvalConfig, *, console: Console | None = None) -> list[Path
         prompts = pick_prompts(
             windows, samples=config.samples, prompt_tokens=config.prompt_tokens, new_tokens=config.new_tokens
         )
-    trained = load_trained(checkpoints, backbone, weights=config.weights)
-    counts = np.bincount(data.train_tokens.tokens, minlength=backbone.vocab_size)
-    unigram = unigram_log_probabilities(torch.from_numpy(counts).double()).to(backbone.device)
-    rows = build_rows(backbone, trained, steps=config.steps, sampler=config.sampler, unigram=unigram)
+    rows = _rows(config, backbone, checkpoints, data, windows, console)
     if prompts is not None:
         rows.append(Row(name=REAL_TEXT, method=REAL_TEXT, kind="text"))
     if config.reference not in {row.name for row in rows if row.kind != "text"}:
@@ -208,10 +256,17 @@ def evaluate(config: EvalConfig, *, console: Console | None = None) -> list[Path
         tokens=config.tokens,
         data_fingerprint=_windows_fingerprint(windows),
         budget=None,
+        training=None,
     )
-    comparable = {row.name: replace(shared, budget=row.trained.budget if row.trained else None) for row in rows}
+    comparable = {
+        row.name: replace(shared, budget=row.trained.budget_terms, training=row.trained.text_terms)
+        if row.trained
+        else shared
+        for row in rows
+    }
     paths = _targets(folder, rows)
-    hashes = {row.name: _row_hash(config, row, comparable[row.name]) for row in rows}
+    counted_text = data.fingerprint()["train"]
+    hashes = {row.name: _row_hash(config, row, comparable[row.name], counted_text) for row in rows}
     pending, done = [], {}
     for row in rows:
         found = _existing(paths[row.name], hashes[row.name], comparable[row.name])
@@ -276,14 +331,14 @@ def _measure(
 def _texts(
     config: EvalConfig, row: Row, backbone: Backbone, prompts: Any, scorer: Scorer, console: Console
 ) -> dict[str, TextResult]:
-    """Generate where it makes sense: backbone, unigram, checkpoints; and score the real continuations."""
+    """Generate where it makes sense: backbone, n-grams, checkpoints; and score the real continuations."""
     if row.kind == "text":
         return {
             str(NO_SAMPLING): text_result(
                 prompts.real, prompts, scorer, backbone, temperature=config.temperature, seconds=None
             )
         }
-    if row.trained is None and row.name not in ("backbone", "unigram"):
+    if row.trained is None and row.source is not None:
         return {}
     found = {}
     for steps in row.steps:

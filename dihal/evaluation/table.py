@@ -208,6 +208,7 @@ def to_csv(board: Board) -> str:
     head += [name if part == "value" else f"{name}_{part}" for name in METRICS for part in parts]
     head += [f"text_{name}" for name in text_names]
     head += ["trainable_parameters", "frozen_parameters", "diffused_tokens", "train_seconds", "nfe"]
+    head += ["unique_tokens", "train_flops", "tuning_trials", "sampling_flops"]
     head += ["commit", "config_hash", "train_config_hash", "file"]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -223,7 +224,9 @@ def to_csv(board: Board) -> str:
             row += [None if text is None else getattr(text, name) for name in text_names]
             cost = result.cost
             row += [cost.trainable_parameters, cost.frozen_parameters, cost.diffused_tokens, cost.train_seconds]
-            row += [cost.nfe.get(steps), result.provenance.get("commit"), result.config_hash]
+            flops = None if cost.train_flops is None else sum(cost.train_flops.values())
+            row += [cost.nfe.get(steps), cost.unique_tokens, flops, cost.tuning_trials, cost.sampling_flops.get(steps)]
+            row += [result.provenance.get("commit"), result.config_hash]
             row += [result.train_config_hash, entry.path.name]
             writer.writerow(["" if value is None else value for value in row])
     return out.getvalue()

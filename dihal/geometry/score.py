@@ -38,7 +38,7 @@ def _require(condition: bool, message: str) -> None:
         raise UsageError(message)
 
 
-def _check_config(config: ScoreConfig) -> None:
+def check_score_config(config: ScoreConfig) -> None:
     known = get_args(Coordinates)
     for name in (*config.coordinates, config.select_by):
         if name not in known:
@@ -69,7 +69,7 @@ def _check_config(config: ScoreConfig) -> None:
     _require(0 < config.confidence < 1, f"confidence={config.confidence} must lie between 0 and 1.")
 
 
-def _check_draw(draw: Draw, pool: int, config: ScoreConfig) -> None:
+def check_draw(draw: Draw, pool: int, config: ScoreConfig) -> None:
     _require(
         pool > config.neighbours,
         f"{pool} tokens are left to score, {config.neighbours} neighbours need at least {config.neighbours + 1}. "
@@ -232,7 +232,7 @@ def score_layers(
     """
     config = ScoreConfig() if config is None else config
     started = time.perf_counter()
-    _check_config(config)
+    check_score_config(config)
     layers = backbone.num_blocks
     _require(
         layers >= 3,
@@ -245,7 +245,7 @@ def score_layers(
     )
     draw = draw_documents(backbone, texts_or_ids, config)
     pool, preference = sample_pool(draw, config)
-    _check_draw(draw, len(pool), config)
+    check_draw(draw, len(pool), config)
     window_of = torch.searchsorted(draw.offsets, pool, right=True) - 1
     counts = resample_documents(draw.documents, config.bootstrap, config.seed) if config.bootstrap else None
     sampling = Sampling(pool_document=draw.document[window_of], anchor_preference=preference, counts=counts)

@@ -1,4 +1,4 @@
-"""Keys and values of positions that a causal denoiser has already seen."""
+"""Keys and values of positions that a denoiser has already seen."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ Heads = Float[Tensor, "batch heads total head_dim"]
 class DenoiserCache:
     """Rotated keys and values per block, each (batch, heads, positions, head_dim).
 
-    Belongs to one evaluation of the denoiser along the sampler: keys and values depend on the
-    noised states and times they were computed from, so a sampler of N evaluations per token keeps
-    N caches. Pass the same cache to each call; the call appends its positions.
+    Under the mask `causal` it belongs to one evaluation of the denoiser along the sampler: keys and
+    values depend on the noised states and times they were computed from, so a sampler of N
+    evaluations per token keeps N caches. Under `mixed` it holds known positions only, which look the
+    same in every evaluation: one cache serves them all. Pass the same cache to each call; the call
+    appends its positions, or the leading ``keep=`` of them.
     """
 
     def __init__(self) -> None:

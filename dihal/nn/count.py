@@ -34,8 +34,23 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
     return [group for group in groups if group["params"]]
 
 
-def flops_per_token(config: DenoiserConfig, state_dim: int, condition_dim: int | None, context: int) -> float:
-    """Return forward FLOPs per position of a sequence of ``context`` positions with one time per sequence.
+def flops_per_token(
+    config: DenoiserConfig,
+    state_dim: int,
+    condition_dim: int | None,
+    context: int,
+    *,
+    output_dim: int | None = None,
+    time_per_position: bool = False,
+) -> float:
+    """Return forward FLOPs per position of a sequence of ``context`` positions.
+
+    Args:
+        config: shape and mask.
+        state_dim, condition_dim, output_dim: channels, as given to the network.
+        context: positions of the sequence.
+        time_per_position: a time for each position (regime `generate`) rather than one per sequence; time
+            embedding and modulation then run for each position.
 
     A multiply-add counts as two. Matrix products only. Causal attention counts the (context + 1) / 2
     keys that a query sees on average, the other masks all of them. The backward pass costs about
@@ -51,9 +66,10 @@ def flops_per_token(config: DenoiserConfig, state_dim: int, condition_dim: int |
     per_block = 4 * width * width + 3 * width * mlp_width(width, config.mlp_ratio)
     seen = (context + 1) / 2 if config.mask == "causal" else context
     attention = 2 * seen * width
+    outputs = state_dim if output_dim is None else output_dim
     per_position = (
-        inputs * width + config.depth * (per_block + attention) + width * state_dim + (condition_dim or 0) * state_dim
+        inputs * width + config.depth * (per_block + attention) + width * outputs + (condition_dim or 0) * outputs
     )
     modulated = time_dim * width * (6 * config.depth + 2) if adaptive else time_dim * width
-    per_sequence = FEATURES * time_dim + time_dim * time_dim + modulated
-    return 2.0 * (per_position + per_sequence / context)
+    per_time = FEATURES * time_dim + time_dim * time_dim + modulated
+    return 2.0 * (per_position + (per_time if time_per_position else per_time / context))

@@ -30,7 +30,7 @@ def visibility(
     - `causal`: a position sees itself and what is before it.
     - `bidirectional`: every position sees every position.
     - `mixed`: known positions see known positions up to themselves, never an unknown one;
-      unknown positions see everything.
+      unknown positions see everything. Keys before the queries (a cache's) are known ones.
 
     Padded keys (``padding`` False) are seen by nobody but themselves: a row is never empty, so a
     padded row yields a finite number that nobody reads.
@@ -59,7 +59,8 @@ def visibility(
     elif kind == "bidirectional":
         seen = torch.ones(1, length, total, dtype=torch.bool, device=device)
     else:
-        seen = ~known[:, :, None] | (known[:, None, :] & (key <= query)[None])
+        past = known.new_ones(known.shape[0], total - length)
+        seen = ~known[:, :, None] | (torch.cat([past, known], dim=1)[:, None, :] & (key <= query)[None])
     if padding is not None:
         seen = (seen & padding[:, None, :]) | (key == query)[None]
     return seen[:, None], False

@@ -65,28 +65,37 @@ class DenoiserTransformer(nn.Module):
 
     Args:
         config: shape and mask.
-        state_dim: channels of a state.
+        state_dim: channels of a state, and of an earlier estimate (self-conditioning).
         condition_dim: channels of the condition; None: unconditional.
+        output_dim: channels of the output; None: those of a state.
 
     Raises:
         UsageError: a shape that cannot be built.
     """
 
-    def __init__(self, config: DenoiserConfig, state_dim: int, condition_dim: int | None = None) -> None:
+    def __init__(
+        self,
+        config: DenoiserConfig,
+        state_dim: int,
+        condition_dim: int | None = None,
+        *,
+        output_dim: int | None = None,
+    ) -> None:
         super().__init__()
         check_denoiser(config)
         self.config = config
         self.state_dim = state_dim
+        self.output_dim = state_dim if output_dim is None else output_dim
         self.condition_dim = condition_dim
         self.self_conditioned = config.self_conditioning > 0
         width, time_dim = config.width, time_channels(config.width)
         self.input = linear(state_dim * (1 + self.self_conditioned) + (condition_dim or 0), width)
         self.time = TimeEmbedding(time_dim)
         self.blocks = nn.ModuleList(Block(config, time_dim) for _ in range(config.depth))
-        self.head = linear(width, state_dim, zero=True)
+        self.head = linear(width, self.output_dim, zero=True)
         if condition_dim is not None:
             self.null_condition = nn.Parameter(torch.zeros(condition_dim))
-            self.skip = linear(condition_dim, state_dim, bias=False, zero=True)
+            self.skip = linear(condition_dim, self.output_dim, bias=False, zero=True)
         if config.norm == "adaptive":
             self.final_modulation = linear(time_dim, 2 * width, zero=True)
         else:
@@ -108,7 +117,7 @@ class DenoiserTransformer(nn.Module):
         condition = condition.to(dtype)
         if drop is None:
             return condition, condition
-        drop = drop[:, None, None]
+        drop = drop[:, None, None] if drop.ndim == 1 else drop[..., None]
         return torch.where(drop, self.null_condition, condition), condition.masked_fill(drop, 0)
 
     def _positions(
@@ -122,6 +131,15 @@ class DenoiserTransformer(nn.Module):
             )
         return (padding.long().cumsum(1) - 1).clamp_min(0)[:, past:]
 
+    def _check_cache(self, known: Tensor | None, keep: int) -> None:
+        if self.config.mask == "bidirectional":
+            raise UsageError("a cache needs the mask 'causal' or 'mixed'; this denoiser has 'bidirectional'.")
+        if self.config.mask == "mixed" and known is not None and keep > 0 and not bool(known[:, :keep].all()):
+            raise UsageError(
+                f"under the mask 'mixed' a cache keeps known positions only; of the first {keep} some are not. "
+                "Give keep= the number of leading positions that are known in every sequence, 0 for none."
+            )
+
     def forward(
         self,
         z_t: State,
@@ -133,8 +151,9 @@ class DenoiserTransformer(nn.Module):
         known: Bool[Tensor, "batch time"] | None = None,
         self_condition: State | None = None,
         cache: DenoiserCache | None = None,
-        drop_condition: Bool[Tensor, "batch"] | None = None,
-    ) -> State:
+        keep: int | None = None,
+        drop_condition: Bool[Tensor, "batch"] | Bool[Tensor, "batch time"] | None = None,
+    ) -> Float[Tensor, "batch time output_dim"]:
         """Return the raw network output, in the dtype of ``z_t``.
 
         Args:
@@ -145,15 +164,20 @@ class DenoiserTransformer(nn.Module):
             attention_mask: True (or 1) for real tokens, cached and new ones; None: all real.
             known: for the mask `mixed`: True where the state is given rather than denoised.
             self_condition: an earlier estimate; None counts as zeros. Only with self_conditioning > 0.
-            cache: keys and values of earlier positions, extended by this call. Only with the mask `causal`.
-                Equals the uncached pass up to rounding (another kernel sums in another order).
-            drop_condition: sequences whose condition is replaced by the learned null vector.
+            cache: keys and values of earlier positions, extended by this call. Not with the mask `bidirectional`,
+                under which an earlier position changes when a later one is added. Under `mixed` it holds known
+                positions only: they depend on nothing that is denoised, as long as their own inputs (state,
+                condition, time, self-condition) stay the same. Equals the uncached pass up to rounding (another
+                kernel sums in another order).
+            keep: how many of the new positions, counted from the first, the cache keeps; None: all of them.
+                Under `mixed` those must be known in every sequence.
+            drop_condition: sequences or positions whose condition is replaced by the learned null vector.
 
         Raises:
             UsageError: an input that the configuration lacks or does not have.
         """
-        if cache is not None and self.config.mask != "causal":
-            raise UsageError(f"a cache needs the mask 'causal'; this denoiser has {self.config.mask!r}.")
+        if cache is not None:
+            self._check_cache(known, z_t.shape[1] if keep is None else keep)
         if self_condition is not None and not self.self_conditioned:
             raise UsageError("self_condition= was given, but the denoiser was built with self_conditioning: 0.")
         dtype = self.head.weight.dtype
@@ -182,8 +206,9 @@ class DenoiserTransformer(nn.Module):
         time = F.silu(time)
         for index, block in enumerate(self.blocks):
             x, kept = block(x, time, angles, mask, is_causal, None if cache is None else cache.past(index))
-            if cache is not None:
-                cache.store(index, *kept)
+            if cache is not None and keep != 0:
+                stored = past + length if keep is None else past + keep
+                cache.store(index, *(part[:, :, :stored] for part in kept))
         if self.config.norm == "rms":
             x = self.final_norm(x)
         else:

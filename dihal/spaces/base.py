@@ -134,8 +134,9 @@ class Space(nn.Module, ABC):
         sampler: str,
         weight: float,
         temperature: Callable[[float], float],
+        encode: Callable[[TokenIds], Tensor] | None = None,
     ) -> Estimate:
-        """Run the sampler from pure noise along falling ``times`` and return the last estimate.
+        """Run the sampler from pure noise along falling ``times`` and return the network's last estimate.
 
         Args:
             process: noise schedule and parametrisation.
@@ -148,6 +149,8 @@ class Space(nn.Module, ABC):
             sampler: name of the solver; a space without a continuous state ignores it and says so in its class.
             weight: of the re-encoded state against the network's own estimate, in [0, 1].
             temperature: of tokens drawn by a space that must draw them (simplex), as a function of t.
+            encode: tokens (batch, time) -> their clean states, where that takes what only the caller has (text before
+                these positions, caches); None: :meth:`encode` of the tokens alone, at positions from 0.
         """
 
     def auxiliary_loss(
@@ -165,5 +168,5 @@ class Space(nn.Module, ABC):
         return self.split > 0
 
     @torch.no_grad()
-    def refit(self, backbone: Backbone, batches: Iterable[Batch]) -> None:  # noqa: B027 (optional)
+    def refit(self, backbone: Backbone, batches: Iterable[Batch]) -> None:
         """Measure again what depends on parts trained in the first stage; called once, between the stages."""

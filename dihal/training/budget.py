@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 from dihal.config import BudgetConfig
 from dihal.errors import UsageError
@@ -20,26 +22,37 @@ class Plan:
         sequences_per_step: the global batch.
         steps: optimiser steps that fit into the tokens.
         seconds: wall seconds of training at most, or None.
+        flops: metered FLOPs of training at most, or None.
     """
 
     tokens_per_step: int
     sequences_per_step: int
     steps: int
     seconds: float | None
+    flops: float | None
 
     @property
     def tokens(self) -> int:
         """Tokens that whole steps spend: at most the budget's."""
         return self.steps * self.tokens_per_step
 
-    def share(self, tokens: int, seconds: float) -> float:
-        """Share of the budget spent, in [0, 1]: of tokens or of seconds, whichever is further."""
-        by_time = 0.0 if self.seconds is None else seconds / self.seconds
-        return min(1.0, max(tokens / self.tokens, by_time))
+    def share(self, spent: Spent) -> float:
+        """Share of the budget spent, in [0, 1]: of tokens, seconds or FLOPs, whichever is furthest."""
+        by_time = 0.0 if self.seconds is None else spent.seconds / self.seconds
+        by_flops = 0.0 if self.flops is None else spent.total_flops / self.flops
+        return min(1.0, max(spent.tokens / self.tokens, by_time, by_flops))
 
-    def is_spent(self, tokens: int, seconds: float) -> bool:
-        """Whether one more step would exceed the tokens, or the seconds have run out."""
-        return tokens + self.tokens_per_step > self.tokens or (self.seconds is not None and seconds >= self.seconds)
+    def is_spent(self, spent: Spent) -> bool:
+        """Whether one more step would exceed the tokens or the FLOPs, or the seconds have run out.
+
+        The next step is taken to cost as many FLOPs as the one before: where a part sets in (the suffix, the end
+        of an autoencoder's stage), the FLOPs may be exceeded by the difference, once.
+        """
+        return (
+            spent.tokens + self.tokens_per_step > self.tokens
+            or (self.seconds is not None and spent.seconds >= self.seconds)
+            or (self.flops is not None and spent.total_flops + spent.step_flops > self.flops)
+        )
 
 
 def plan_steps(
@@ -54,6 +67,10 @@ def plan_steps(
     per_step = sequences * sequence_length
     if budget.seconds is not None and not budget.seconds > 0:
         raise UsageError(f"budget.seconds is {budget.seconds}; it must be positive, or null for no limit.")
+    if budget.flops is not None and not budget.flops > 0:
+        raise UsageError(f"budget.flops is {budget.flops}; it must be positive, or null for no limit.")
+    if budget.trials is not None and budget.trials < 1:
+        raise UsageError(f"budget.trials is {budget.trials}; it counts this configuration, too: at least 1, or null.")
     if budget.tokens < per_step:
         raise UsageError(
             f"budget.tokens is {budget.tokens:,}, one optimiser step takes {per_step:,} "
@@ -65,6 +82,7 @@ def plan_steps(
         sequences_per_step=sequences,
         steps=budget.tokens // per_step,
         seconds=budget.seconds,
+        flops=budget.flops,
     )
 
 
@@ -80,6 +98,42 @@ class Spent:
     """Sequences; the next step starts with the sequence of this number."""
     seconds: float = 0.0
     """Wall seconds of training: steps and waiting for data, without validation and saving."""
+    flops: dict[str, float] = field(default_factory=dict)
+    """FLOPs executed in training, by part of ``dihal.meter.PARTS``; preparation included, validation not."""
+    step_flops: float = 0.0
+    """FLOPs of the newest step."""
+    peak_memory: int = 0
+    """Largest memory of the first rank's process, in bytes."""
+
+    @property
+    def total_flops(self) -> float:
+        """FLOPs of all parts."""
+        return float(sum(self.flops.values()))
+
+    def add_flops(self, flops: Mapping[str, float]) -> None:
+        """Add FLOPs by part."""
+        for part, value in flops.items():
+            self.flops[part] = self.flops.get(part, 0.0) + value
+
+    def state(self) -> dict[str, Any]:
+        """The counters as JSON data."""
+        return asdict(self)
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], where: str) -> Spent:
+        """Inverse of :meth:`state`; further entries are passed over.
+
+        Raises:
+            UsageError: counters are missing, as in checkpoints from before the ledger.
+        """
+        names = [counter.name for counter in fields(cls)]
+        missing = [name for name in names if name not in state]
+        if missing:
+            raise UsageError(
+                f"the checkpoint {where!r} lacks the counters {', '.join(missing)}: it was written before DiHAL metered "
+                "its budget, and what was spent cannot be known any more. Train again into another folder."
+            )
+        return cls(**{name: state[name] for name in names})
 
 
 class Clock:

@@ -13,6 +13,7 @@ import torch
 from dihal.checkpoint import prune, save_checkpoint
 from dihal.config.convert import to_dict
 from dihal.errors import UsageError
+from dihal.training.ledger import unique_tokens
 from dihal.training.logs import Mirror, Record
 from dihal.training.module import BridgeModule, Step
 from dihal.training.optim import optimizer_state
@@ -38,7 +39,7 @@ class RunCallback(L.Callback):
         record: the record; None on all ranks but the first.
         mirrors: further places for records.
         progress: what a person sees.
-        quantities: numbers stored beside the budget's counters (parameters, FLOPs per token).
+        quantities: numbers stored beside the budget's counters (parameters, hardware).
     """
 
     def __init__(
@@ -85,12 +86,12 @@ class RunCallback(L.Callback):
         if step is None:
             return
         spent, config = pl_module.spent, pl_module.config
-        over = pl_module.plan.is_spent(spent.tokens, spent.seconds)
+        over = pl_module.plan.is_spent(spent)
         record = None
         if spent.step % config.log.every == 0 or over:
-            record = self._train_record(pl_module, step)
+            record = self._train_record(trainer, pl_module, step)
             self._write(record)
-        self._progress.update(spent.step, pl_module.plan.share(spent.tokens, spent.seconds), record)
+        self._progress.update(spent.step, pl_module.plan.share(spent), record)
         every = config.trainer.validate_every
         if step.signal == 0 and (over or (every and spent.step % every == 0)):
             self._validate(trainer, pl_module)
@@ -121,7 +122,7 @@ class RunCallback(L.Callback):
         for mirror in self._mirrors:
             mirror.write(record)
 
-    def _train_record(self, module: BridgeModule, step: Step) -> dict[str, Any]:
+    def _train_record(self, trainer: L.Trainer, module: BridgeModule, step: Step) -> dict[str, Any]:
         spent = module.spent
         tokens, seconds = spent.tokens - self._marked[0], spent.seconds - self._marked[1]
         self._marked = (spent.tokens, spent.seconds)
@@ -136,7 +137,10 @@ class RunCallback(L.Callback):
             "lr": step.lr,
             "tokens_per_second": tokens / seconds if seconds > 0 else None,
             "seconds": spent.seconds,
-            "peak_memory": peak_memory(module.device),
+            "unique_tokens": unique_tokens(trainer.datamodule.stream, spent.samples_seen),
+            "flops": spent.total_flops,
+            **{f"flops/{part}": value for part, value in spent.flops.items()},
+            "peak_memory": _peak(module),
         }
 
     def _validate(self, trainer: L.Trainer, module: BridgeModule) -> None:
@@ -157,7 +161,7 @@ class RunCallback(L.Callback):
                 path = save_checkpoint(
                     self.folder,
                     tensors=self._tensors(module),
-                    state=self._state(module),
+                    state=self._state(trainer, module),
                     config=to_dict(module.config),
                     manifest_extra=self._manifest,
                 )
@@ -182,22 +186,28 @@ class RunCallback(L.Callback):
             groups["ema"] = module.ema.state_dict()
         return groups
 
-    def _state(self, module: BridgeModule) -> dict[str, Any]:
+    def _state(self, trainer: L.Trainer, module: BridgeModule) -> dict[str, Any]:
         spent = module.spent
+        spent.seconds, spent.peak_memory = module.clock.seconds, _peak(module)
         return {
-            "step": spent.step,
-            "tokens": spent.tokens,
-            "samples_seen": spent.samples_seen,
-            "seconds": module.clock.seconds,
+            **spent.state(),
             "ema_updates": 0 if module.ema is None else module.ema.updates,
             "global_batch": module.plan.sequences_per_step,
             "budget": {
                 "name": module.config.budget.name,
                 "tokens": spent.tokens,
-                "seconds": module.clock.seconds,
-                "spent": module.plan.is_spent(spent.tokens, spent.seconds),
-                "peak_memory": peak_memory(module.device),
+                "unique_tokens": unique_tokens(trainer.datamodule.stream, spent.samples_seen),
+                "seconds": spent.seconds,
+                "flops": spent.total_flops,
+                "trials": module.config.budget.trials,
+                "spent": module.plan.is_spent(spent),
+                "peak_memory": spent.peak_memory,
                 **self._quantities,
             },
             "validation": self.validation,
         }
+
+
+def _peak(module: BridgeModule) -> int:
+    """Peak memory so far, of a resumed run's earlier parts as well."""
+    return max(module.spent.peak_memory, peak_memory(module.device))

@@ -21,11 +21,13 @@ from dihal.backbone import Backbone
 from dihal.config import TrainConfig
 from dihal.data.batch import Batch
 from dihal.errors import UsageError
+from dihal.meter import PARTS
 from dihal.methods import LossOutput, Method
 from dihal.training.budget import Clock, Plan, Spent
 from dihal.training.ema import Ema
 from dihal.training.optim import build_optimizer, load_optimizer_state, lr_factor
 from dihal.training.signals import StopSignals
+from dihal.writer import Writer
 
 __all__ = ["BridgeModule", "Step", "TrainingDiverged"]
 
@@ -77,7 +79,7 @@ class BridgeModule(L.LightningModule):
         config: TrainConfig,
         *,
         backbone: Backbone,
-        method: Method,
+        method: Method | Writer,
         plan: Plan,
         spent: Spent,
         signals: StopSignals,
@@ -126,7 +128,7 @@ class BridgeModule(L.LightningModule):
                 step=self.spent.step,
                 batch_index=batch.sample_ids - self.spent.samples_seen,
                 global_batch=self.plan.sequences_per_step,
-                progress=self.plan.share(self.spent.tokens, self.spent.seconds),
+                progress=self.plan.share(self.spent),
             )
             # Training windows hold no padding, so micro-batches and ranks weigh the same.
             self.manual_backward(out.total / accumulate)
@@ -151,16 +153,25 @@ class BridgeModule(L.LightningModule):
         rank_zero = self.global_rank == 0
         # Everything ranks must agree on travels in one small all-reduce and reaches the host once.
         numbers = torch.stack([loss, *terms, norm.double()])
+        executed = [sum(out.flops.get(part, 0.0) for _, out in micro) for part in PARTS]
         flags = torch.tensor(
-            [float(tokens), self.clock.seconds if rank_zero else 0.0], dtype=torch.float64, device=numbers.device
+            [*executed, float(tokens), self.clock.seconds if rank_zero else 0.0],
+            dtype=torch.float64,
+            device=numbers.device,
         )
         signal = torch.tensor([float(self.signals.received)], dtype=torch.float64, device=numbers.device)
-        total_loss, *total_terms, grad_norm, all_tokens, seconds, received = self._agree(numbers, flags, signal)
+        total_loss, *rest, all_tokens, seconds, received = self._agree(numbers, flags, signal)
+        *total_terms, grad_norm = rest[: len(names) + 1]
+        flops = {part: value for part, value in zip(PARTS, rest[len(names) + 1 :], strict=True) if value}
         if not _finite(total_loss, grad_norm):
             self._diverged(micro, total_loss, grad_norm)
 
         spent = self.spent
-        share = self.plan.share(spent.tokens + int(all_tokens), seconds)
+        spent.tokens += int(all_tokens)
+        spent.seconds = seconds
+        spent.step_flops = sum(flops.values())
+        spent.add_flops(flops)
+        share = self.plan.share(spent)
         lr = self.config.optim.lr * lr_factor(share, self.config.optim)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -171,9 +182,7 @@ class BridgeModule(L.LightningModule):
         if self.ema is not None:
             self.ema.update()
         spent.step += 1
-        spent.tokens += int(all_tokens)
         spent.samples_seen += self.plan.sequences_per_step
-        spent.seconds = seconds
         return Step(
             loss=total_loss,
             terms=dict(zip(names, total_terms)),

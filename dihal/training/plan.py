@@ -10,18 +10,20 @@ from rich.table import Table
 from dihal.backbone import Backbone
 from dihal.config import TrainConfig
 from dihal.config.cli import dump
+from dihal.errors import UsageError
+from dihal.meter import Meter
 from dihal.methods import Method
 from dihal.nn import count_parameters
-from dihal.nn import flops_per_token as denoiser_flops
 from dihal.nn.layers import mlp_width
-from dihal.training.budget import Plan
+from dihal.training.budget import Plan, Spent
+from dihal.writer import Writer
 
-__all__ = ["Memory", "estimate_memory", "flops_per_token", "parameters", "print_plan"]
+__all__ = ["Memory", "estimate_memory", "flops_per_token", "parameters", "print_plan", "require_affordable"]
 
 _GIB = 1 << 30
 
 
-def parameters(backbone: Backbone, method: Method) -> dict[str, int]:
+def parameters(backbone: Backbone, method: Method | Writer) -> dict[str, int]:
     """Trainable and frozen parameters; the frozen ones are the backbone's."""
     return {
         "trainable_parameters": count_parameters(method),
@@ -33,29 +35,52 @@ def _reads_suffix(config: TrainConfig) -> bool:
     return config.method.objective.cross_entropy > 0 or config.method.objective.kl > 0
 
 
-def flops_per_token(config: TrainConfig, backbone: Backbone) -> dict[str, float]:
-    """Forward and backward FLOPs of one denoised position in training, by part.
+def flops_per_token(config: TrainConfig, backbone: Backbone, method: Method | Writer) -> dict[str, float]:
+    """FLOPs of one denoised position in training by part of ``dihal.meter.PARTS``, counted as training counts them.
 
-    Matrix products only. A backward pass costs twice its forward pass; through the frozen suffix it
-    costs once, because no weight gradients are made. Self-conditioning adds a pass of the denoiser,
-    KL a pass of the suffix by the teacher.
+    Exact under `replace` where the suffix is read from the start, else with the mean over the run. Under `generate`
+    the space's own products are left out.
     """
-    length, split = config.data.sequence_length, config.method.split
-    assert split is not None
-    context = (length + 1) / 2
-    dim = backbone.hidden_size
-    forward = denoiser_flops(config.method.denoiser, dim, dim, length)
-    guess = forward if config.method.denoiser.self_conditioning > 0 else 0.0
-    parts = {
-        "prefix": backbone.flops_per_token(0, split, context),
-        "denoiser": 3 * forward + guess,
-        "suffix": 0.0,
-    }
+    objective, batch, length = config.method.objective, config.data.batch_size, config.data.sequence_length
+    split, denoiser, positions = method.split, config.method.denoiser, batch * length
+    times = positions if denoiser.mask == "mixed" else batch
+    meter = Meter(backbone)
+    meter.prefix(split, batch=batch, new=length)
+    if denoiser.self_conditioning > 0:
+        meter.denoiser(method.denoiser, batch=batch, new=length, times=times, part="self_conditioning")
+    null = objective.condition_dropout > 0
+    meter.denoiser(method.denoiser, batch=batch, new=length, times=times, backward=True, null=null)
+    if objective.metric == "fisher":
+        gradient = "input" if objective.state > 0 else "none"
+        meter.product(backbone.hidden_size, backbone.hidden_size, positions, part="metric", gradient=gradient)
+    for weight in (objective.own, objective.read):
+        if weight > 0:
+            meter.head(positions, backward=True, part="own_head")
     if _reads_suffix(config):
-        suffix = backbone.flops_per_token(split, backbone.num_blocks, context) + backbone.head_flops_per_token()
-        passes = 2 + (1 if config.method.objective.kl > 0 else 0)
-        parts["suffix"] = passes * suffix / config.method.objective.suffix_every
-    return parts
+        read = Meter(backbone)
+        adapters = [] if method.adapters is None else method.adapters.parameters()
+        read.suffix(split, batch=batch, new=length, backward=True, adapters=adapters)
+        read.head(positions, backward=True)
+        if objective.kl > 0:
+            read.suffix(split, batch=batch, new=length, part="teacher_suffix")
+            read.head(positions)
+        share = (1 - objective.suffix_start) / objective.suffix_every
+        meter.merge({part: share * value for part, value in read.flops.items()})
+    return {part: value / positions for part, value in meter.flops.items()}
+
+
+def require_affordable(plan: Plan, spent: Spent, step: float) -> None:
+    """Refuse a budget of FLOPs that does not pay for one optimiser step of ``step`` FLOPs after the preparation.
+
+    Raises:
+        UsageError: with both numbers.
+    """
+    if plan.flops is not None and spent.step == 0 and spent.total_flops + step > plan.flops:
+        raise UsageError(
+            f"budget.flops is {plan.flops:.4g}; measuring the normalisation took {spent.total_flops:.4g} and one "
+            f"optimiser step takes {step:.4g}. Raise the budget, or lower method.normalisation_tokens or "
+            "data.batch_size."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +100,7 @@ class Memory:
         return sum(vars(self).values())
 
 
-def estimate_memory(config: TrainConfig, backbone: Backbone, method: Method) -> Memory:
+def estimate_memory(config: TrainConfig, backbone: Backbone, method: Method | Writer) -> Memory:
     """Estimate the peak memory of a training step, per process.
 
     Weights, gradients, AdamW's two moments and the average are counted exactly (fp32). Activations
@@ -117,7 +142,7 @@ def print_plan(
     config: TrainConfig,
     plan: Plan,
     backbone: Backbone,
-    method: Method,
+    method: Method | Writer,
     flops: dict[str, float],
     *,
     console: Console | None = None,
@@ -146,7 +171,11 @@ def print_plan(
     table.add_row("seconds", "no limit" if plan.seconds is None else f"at most {plan.seconds:,.0f}")
     for name, value in flops.items():
         table.add_row(f"FLOPs, {name}", f"{value * plan.tokens:.3g}")
-    table.add_row("FLOPs, forward + backward", f"{sum(flops.values()) * plan.tokens:.3g}")
+    total = sum(flops.values())
+    table.add_row("FLOPs, all", f"{total * plan.tokens:.3g}")
+    if plan.flops is not None:
+        affordable = int(plan.flops / (total * plan.tokens_per_step))
+        table.add_row("FLOPs, budget", f"{plan.flops:.3g} (about {min(affordable, plan.steps):,} steps)")
     table.add_section()
     for name, size in vars(memory).items():
         table.add_row(f"memory, {name}", f"{size / _GIB:.3f} GiB")

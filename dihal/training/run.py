@@ -24,13 +24,15 @@ from dihal.methods import Method, build_method
 from dihal.provenance import provenance
 from dihal.training.budget import Spent, plan_steps
 from dihal.training.callbacks import RunCallback
+from dihal.training.ledger import preparation
 from dihal.training.logs import Record, build_mirrors, write_csv
 from dihal.training.module import BridgeModule
-from dihal.training.plan import flops_per_token, parameters, print_plan
+from dihal.training.plan import flops_per_token, parameters, print_plan, require_affordable
 from dihal.training.progress import TrainingProgress
 from dihal.training.resume import check_resume, resume_notes
 from dihal.training.setup import build_trainer, check_run_folder, resolve
 from dihal.training.signals import StopSignals, exit_code
+from dihal.writer import Writer
 
 __all__ = ["train"]
 
@@ -67,8 +69,8 @@ def train(config: TrainConfig, *, backbone: Backbone | None = None) -> Path:
         device = "cuda" if config.trainer.accelerator == "gpu" else "cpu"
         if backbone is None:
             backbone = backbone_from_config(replace(config.backbone, device=device))
-        flops = flops_per_token(config, backbone)
-        print_plan(config, plan, backbone, _build(config, backbone), flops)
+        method = _build(config, backbone)
+        print_plan(config, plan, backbone, method, flops_per_token(config, backbone, method))
         return Path(config.out)
     check_run_folder(config)
     folder = ensure_dir(config.out)
@@ -94,22 +96,35 @@ def train(config: TrainConfig, *, backbone: Backbone | None = None) -> Path:
     spent = Spent()
     if checkpoint is not None:
         check_resume(config, plan, checkpoint, manifest)
-        spent = Spent(**{name: checkpoint.state[name] for name in ("step", "tokens", "samples_seen", "seconds")})
+        spent = Spent.from_state(checkpoint.state, str(checkpoint.path))
         for note in resume_notes(config, checkpoint) if first else ():
             progress.note(note)
-        if plan.is_spent(spent.tokens, spent.seconds):
+        if plan.is_spent(spent):
             if first:
-                progress.note(f"the budget of {str(folder)!r} is spent; raise budget.tokens to go on.")
+                progress.note(
+                    f"the budget of {str(folder)!r} is spent; raise budget.tokens (or .seconds, .flops) to go on."
+                )
             return folder
     data.samples_seen = spent.samples_seen
 
-    flops = flops_per_token(config, backbone)  # before adapters change the backbone's layers
     method = _build(config, backbone)
     if checkpoint is None:
         method.fit_normalisation(backbone, _normalisation_batches(data, config.method.normalisation_tokens))
     else:
         method.load_state_dict(checkpoint.tensors("model"))
     method.fit_metric(backbone, _normalisation_batches(data, config.method.objective.metric_tokens), seed=config.seed)
+    spent.add_flops(
+        preparation(
+            config.method,
+            backbone,
+            length=config.data.sequence_length,
+            normalisation=_windows(data, config.method.normalisation_tokens) if checkpoint is None else 0,
+            metric=_windows(data, config.method.objective.metric_tokens),
+            processes=trainer.world_size,
+        )
+    )
+    step = sum(flops_per_token(config, backbone, method).values()) * plan.tokens_per_step
+    require_affordable(plan, spent, step)
     module = BridgeModule(
         config,
         backbone=backbone,
@@ -134,7 +149,7 @@ def train(config: TrainConfig, *, backbone: Backbone | None = None) -> Path:
         record=Record(folder / "metrics.jsonl", resumed_step=spent.step) if first else None,
         mirrors=build_mirrors(config.log, folder, to_dict(config), step=spent.step) if first else [],
         progress=progress,
-        quantities={**parameters(backbone, method), "flops_per_token": flops},
+        quantities={**parameters(backbone, method), "hardware": manifest["provenance"]["hardware"]},
     )
     trainer.callbacks.append(callback)
     try:
@@ -157,7 +172,7 @@ def train(config: TrainConfig, *, backbone: Backbone | None = None) -> Path:
     return folder
 
 
-def _build(config: TrainConfig, backbone: Backbone) -> Method:
+def _build(config: TrainConfig, backbone: Backbone) -> Method | Writer:
     """The method with weights drawn from the run's seed, on the backbone's device."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -174,10 +189,15 @@ def _check_length(config: TrainConfig, backbone: Backbone) -> None:
         )
 
 
+def _windows(data: TextDataModule, tokens: int) -> int:
+    """Windows of at least ``tokens`` tokens, or of one epoch."""
+    return min(max(1, -(-tokens // data.config.sequence_length)), data.stream.windows)
+
+
 def _normalisation_batches(data: TextDataModule, tokens: int) -> Iterator[Batch]:
     """The first training windows, at least ``tokens`` tokens of them or one epoch."""
     length = data.config.sequence_length
-    wanted = min(max(1, -(-tokens // length)), data.stream.windows)
+    wanted = _windows(data, tokens)
     size = max(1, _NORMALISATION_BATCH // length)
     for start in range(0, wanted, size):
         yield data.stream.batch(np.arange(start, min(start + size, wanted), dtype=np.int64))

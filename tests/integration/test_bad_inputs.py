@@ -285,7 +285,7 @@ def test_bad_input(
     world = World(root=root, run=run, tmp=tmp_path, patch=monkeypatch, dihal=dihal)
     case.prepare(world)
     places = {"out": tmp_path / "out", "tmp": tmp_path, "root": root, "run": run}
-    before = files(tmp_path, run)
+    before, existed = files(tmp_path, run), (tmp_path / "out").exists()
     capfd.readouterr()
     command, *words = case.words.format(**places).split()
     status = dihal(command, *words)
@@ -301,6 +301,8 @@ def test_bad_input(
     new = {name for name in after if before.get(name) != after[name] and Path(name).name not in case.leaves}
     assert not {name for name in new if not name.endswith(".lock")}
     assert before.keys() <= after.keys()
+    if command in ("score", "evaluate"):
+        assert (tmp_path / "out").exists() == existed, "not even an empty folder"
 
 
 def test_there_are_enough_cases() -> None:

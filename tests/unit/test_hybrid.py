@@ -145,6 +145,26 @@ def test_auto_class_loads_it(saved) -> None:
     assert torch.equal(other(ids).logits, model(ids).logits)
 
 
+def test_the_identity_is_saved_and_loaded_although_it_has_no_weights(saved, tmp_path) -> None:
+    from dihal import load_backbone
+
+    folder, _ = saved
+    backbone = load_backbone(folder / "backbone", device="cpu")
+    HybridForCausalLM.from_method(Identity(3), backbone).save_pretrained(tmp_path)
+    ids = make_batch().input_ids
+    for loaded in (
+        HybridForCausalLM.from_pretrained(tmp_path, device="cpu"),
+        load_hybrid(tmp_path, backbone=backbone),
+        AutoModelForCausalLM.from_pretrained(tmp_path, device="cpu"),
+    ):
+        assert isinstance(loaded.bridge, Identity)
+        assert loaded.split == loaded.bridge.split == int(loaded.bridge.blocks_replaced) == 3
+        assert loaded.device == torch.device("cpu")
+        assert torch.equal(loaded(ids).logits, backbone.forward(ids))
+    with pytest.raises(UsageError, match="fingerprint"):
+        load_hybrid(tmp_path, backbone=tiny_backbone(seed=1))
+
+
 def test_any_edited_weight_that_the_hybrid_needs_is_refused(saved) -> None:
     folder, _ = saved
     backbone = tiny_backbone()

@@ -21,6 +21,7 @@ from dihal.data import Batch
 from dihal.errors import UsageError
 from dihal.method_parts import corrupt
 from dihal.methods import METHODS, build_method, positions_of
+from dihal.spaces.recovery import divergence
 from tests.kit import tiny_backbone
 
 DENOISER = DenoiserConfig(width=32, depth=2, heads=4)
@@ -310,3 +311,23 @@ def test_renamed_tokens_are_renamed_alike_within_a_sequence() -> None:
     assert not torch.equal(
         changed[0], corrupt(ids[:1], torch.tensor([9]), scattered=0.0, renamed=0.25, seed=0, vocab=100_000)[0]
     )
+
+
+def test_the_teacher_of_the_kl_is_the_frozen_suffix_whatever_the_adapters_learned() -> None:
+    backbone = tiny_backbone("llama")
+    batch = make_batch(2, 12)
+    wanted = backbone.suffix_features(backbone.prefix(batch.input_ids, 2), 2)
+    method = build_method(config(objective=ObjectiveConfig(kl=1.0), lora=LoraConfig(rank=2)), backbone)
+    method.attach(backbone)
+    method.fit_normalisation(backbone, [batch])
+    for weight in method.lora:
+        weight.data.normal_(generator=torch.Generator().manual_seed(0))
+    teachers = []
+
+    def spy(logits, teacher, *rest):
+        teachers.append(teacher)
+        return divergence(logits, teacher, *rest)
+
+    method.kernel = spy
+    method.loss(backbone, batch, seed=0, step=0, batch_index=torch.arange(2), global_batch=2)
+    torch.testing.assert_close(torch.cat(teachers), backbone.head(wanted).flatten(0, 1), rtol=1e-5, atol=1e-5)

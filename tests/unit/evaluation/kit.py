@@ -26,8 +26,9 @@ from dihal.data.module import TextDataModule
 from dihal.evaluation.assemble import estimates
 from dihal.evaluation.bootstrap import document_weights
 from dihal.evaluation.definitions import METRIC_VERSION, SUMS
-from dihal.evaluation.result import SCHEMA, Comparable, Cost, Result, TextResult
+from dihal.evaluation.result import SCHEMA, BudgetTerms, Comparable, Cost, Result, TextResult, TextTerms
 from dihal.methods import build_method
+from dihal.training.budget import Spent
 from tests.kit import tiny_model, tiny_tokenizer
 
 LENGTH = 32
@@ -91,7 +92,7 @@ def make_run(
     batches = iter(data.train_dataloader())
     method.fit_normalisation(backbone, [next(batches) for _ in range(4)])
     optimiser = torch.optim.AdamW(method.parameters(), lr=3e-3)
-    seen = 0
+    seen, spent = 0, Spent()
     for step in range(steps):
         batch = next(batches)
         out = method.loss(
@@ -101,15 +102,25 @@ def make_run(
         out.total.backward()
         optimiser.step()
         seen += out.tokens
+        spent.add_flops(out.flops)
     folder = root / name
     save_checkpoint(
         folder,
         tensors={"model": method.state_dict(), "ema": dict(method.named_parameters())},
-        state={"step": steps, "tokens": seen, "samples_seen": steps * config.data.batch_size, "seconds": 1.5},
+        state={
+            **spent.state(),
+            "step": steps,
+            "tokens": seen,
+            "samples_seen": steps * config.data.batch_size,
+            "seconds": 1.5,
+            "peak_memory": 10**9,
+            "budget": {"unique_tokens": min(seen, len(data.stream))},
+        },
         config=dataclasses.asdict(config),
         manifest_extra={
             "backbone": dataclasses.asdict(backbone.reference),
             "split": config.method.split,
+            "reads_from": config.method.split,
             "backbone_fingerprint": backbone.fingerprint(config.method.split),
             "tokenizer_fingerprint": backbone.tokenizer_fingerprint,
             "data_fingerprint": data.fingerprint(),
@@ -127,7 +138,16 @@ COMPARABLE = Comparable(
     tokens=8192,
     data_fingerprint="data",
     budget=None,
+    training=None,
 )
+
+TRAINING = TextTerms(data_fingerprint="text", sequence_length=256, seed=0, splice=0.0, splice_length=32)
+
+
+def budget_terms(name: str, **changes: Any) -> BudgetTerms:
+    """A budget of tokens alone."""
+    given = {"name": name, "tokens": 30_000_000, "seconds": None, "flops": None, "hardware": None}
+    return BudgetTerms(**{**given, **changes})
 
 
 def sums(kl: float, *, error: float | None = None, documents: int = 24, seed: int = 0) -> dict[str, np.ndarray]:
@@ -167,6 +187,7 @@ def make_result(
     texts: dict[int, TextResult] | None = None,
     seed: int = 0,
     parameters: int | None = None,
+    budget: str | BudgetTerms | None = None,
     **comparable: Any,
 ) -> Result:
     """A valid result whose metrics follow from its per-document sums, as in a real one."""
@@ -176,7 +197,9 @@ def make_result(
         str(steps): sums(value, error=None if error is None else error[steps], seed=seed + steps)
         for steps, value in kl.items()
     }
-    fields = dataclasses.asdict(COMPARABLE) | comparable
+    terms = budget_terms(budget) if isinstance(budget, str) else budget
+    training = None if terms is None else TRAINING
+    agreed = dataclasses.replace(COMPARABLE, **{"budget": terms, "training": training, **comparable})
     return Result(
         schema=SCHEMA,
         name=name,
@@ -192,14 +215,19 @@ def make_result(
         bootstrap=300,
         bootstrap_seed=0,
         reference="backbone",
-        comparable=Comparable(**fields),
+        comparable=agreed,
         cost=Cost(
             trainable_parameters=parameters,
             frozen_parameters=107_000_000,
             diffused_tokens=30_000_000 if parameters else None,
+            unique_tokens=5_000_000 if parameters else None,
+            train_flops={"denoiser_forward": 1e15, "denoiser_backward": 2e15} if parameters else None,
             train_seconds=600.0 if parameters else None,
-            tuning_trials=None,
+            train_peak_memory=10**9 if parameters else None,
+            train_hardware="1 x NVIDIA H200" if parameters else None,
+            tuning_trials=3 if parameters else None,
             nfe={str(steps): steps for steps in kl if steps},
+            sampling_flops={str(steps): 1e8 * (1 + steps) for steps in kl},
             evaluation_seconds={},
         ),
         checkpoint=None,

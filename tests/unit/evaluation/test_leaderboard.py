@@ -18,7 +18,7 @@ from dihal.errors import UsageError
 from dihal.evaluation.leaderboard import leaderboard
 from dihal.evaluation.page import to_html
 from dihal.evaluation.ranking import build_board, gather
-from dihal.evaluation.result import COMPARABLE, Comparable, write_result
+from dihal.evaluation.result import write_result
 from dihal.evaluation.table import to_csv, to_markdown
 from tests.unit.evaluation.kit import demo_results, make_result, text
 
@@ -79,32 +79,17 @@ def test_unknown_metric_and_metric_nobody_has():
         board([make_result("a", {1: 0.1})], sort_by="entropy")
 
 
-@pytest.mark.parametrize("field", COMPARABLE)
-def test_incomparable_rows_are_refused_by_field_values_and_files(tmp_path, field):
-    kind = {f.name: f.type for f in dataclasses.fields(Comparable)}[field]
-    first, second = (256, 512) if kind == "int" else ("left", "right")
-    for name, value in (("one", first), ("two", second)):
-        write_result(tmp_path / f"{name}.json", make_result(name, {1: 0.1}, **{field: value}))
-    with pytest.raises(UsageError, match=f"not comparable: {field} is") as caught:
-        leaderboard(LeaderboardConfig(results=(str(tmp_path),)))
-    message = str(caught.value)
-    assert repr(first) in message
-    assert repr(second) in message
-    assert "one.json" in message
-    assert "two.json" in message
-
-
 def test_the_cause_is_named_before_its_consequences(tmp_path):
     write_result(tmp_path / "a.json", make_result("a", {1: 0.1}))
-    write_result(tmp_path / "b.json", make_result("b", {1: 0.1}, tokens=1, data_fingerprint="other", budget="b2"))
-    with pytest.raises(UsageError, match=r"comparable: tokens is .*Also different: data_fingerprint, budget"):
+    write_result(tmp_path / "b.json", make_result("b", {1: 0.1}, tokens=1, data_fingerprint="other"))
+    with pytest.raises(UsageError, match=r"comparable: tokens is .*Also different: data_fingerprint\."):
         leaderboard(LeaderboardConfig(results=(str(tmp_path),)))
 
 
 def test_a_row_without_budget_goes_with_any():
     rows = [make_result("null", {0: 1.0}, kind="control"), make_result("a", {1: 0.1}, budget="b1")]
     assert len(board(rows).entries) == 2
-    with pytest.raises(UsageError, match="budget"):
+    with pytest.raises(UsageError, match=r"budget\.name is 'b1'"):
         board([*rows, make_result("b", {1: 0.1}, budget="b2")])
 
 
@@ -113,7 +98,7 @@ def test_other_json_is_counted_and_damaged_json_refused(folder):
     (folder / "list.json").write_text("[1]")
     found, ignored = gather([folder])
     assert (len(found), ignored) == (len(demo_results()), 2)
-    (folder / "cut.json").write_text('{"schema": "dihal.result/1", ')
+    (folder / "cut.json").write_text('{"schema": "dihal.result/2", ')
     with pytest.raises(UsageError, match=r"cut.json.*not valid JSON"):
         gather([folder])
 

@@ -13,11 +13,14 @@ from dihal.backbone import load_backbone
 from dihal.checkpoint import load_checkpoint, save_checkpoint
 from dihal.config import BackboneConfig, DataConfig, EvalConfig, LeaderboardConfig
 from dihal.data.module import TextDataModule
+from dihal.data.text import document_key
 from dihal.errors import UsageError
 from dihal.evaluation.bootstrap import document_weights
 from dihal.evaluation.generation import Scorer, pick_prompts
 from dihal.evaluation.leaderboard import leaderboard
+from dihal.evaluation.ngram import NgramModel
 from dihal.evaluation.result import read_result
+from dihal.evaluation.rows import other_documents
 from dihal.evaluation.run import evaluate
 from dihal.restore import restore_method
 from tests.unit.evaluation.kit import LENGTH, backbone_folder, make_run, text_file, train_config
@@ -59,8 +62,10 @@ def value(result, metric: str, steps: int = 0):
 
 
 def test_every_row_is_there(results):
-    controls = {f"{name}@{split}" for name in ("identity", "embedding", "mean-state", "untrained") for split in (1, 2)}
-    assert set(results) == controls | {"backbone", "unigram", "real-text", "bridge", "regression"}
+    names = ("identity", "embedding", "mean-state", "untrained", "oracle", "shuffled", "random-suffix")
+    controls = {f"{name}@{split}" for name in names for split in (1, 2)}
+    counted = {"unigram", "bigram", "trigram"}
+    assert set(results) == controls | counted | {"backbone", "real-text", "bridge", "regression"}
     assert set(results["bridge"].metrics) == {"1", "3"}
     assert set(results["regression"].metrics) == {"1"}, "a regression has one step"
 
@@ -84,6 +89,150 @@ def test_training_helped(results):
         > value(results["untrained@2"], "explained_variance", 1) + 0.05
     )
     assert value(results["regression"], "kl", 1) < value(results["mean-state@1"], "kl")
+
+
+def test_the_oracle_has_the_checkpoints_error(results):
+    for name, split in (("bridge", 2), ("regression", 1)):
+        oracle, trained = results[f"oracle@{split}"], results[name]
+        assert set(oracle.metrics) == {"1"}
+        for metric in ("state_error", "sink_error"):
+            assert value(oracle, metric, 1) == pytest.approx(value(trained, metric, 1), rel=0.01)
+        assert oracle.per_document["1"]["state_squared_error"] == pytest.approx(
+            trained.per_document["1"]["state_squared_error"], rel=0.01
+        ), "document by document"
+        assert value(oracle, "kl", 1) > 0
+        assert value(oracle, "kl", 1) != pytest.approx(value(trained, "kl", 1), rel=1e-3)
+
+
+def test_another_documents_condition_is_worse_than_the_own(results):
+    for name, split in (("bridge", 2), ("regression", 1)):
+        shuffled = results[f"shuffled@{split}"]
+        assert value(shuffled, "kl", 1) > 1.1 * value(results[name], "kl", 1)
+        assert value(shuffled, "state_error", 1) > max(1.0, value(results[name], "state_error", 1))
+
+
+def test_a_random_suffix_loses_the_tokens_although_the_states_are_true(results):
+    for split in (1, 2):
+        found = results[f"random-suffix@{split}"]
+        assert value(found, "explained_variance") == 1
+        assert value(found, "sink_error") == 0
+        assert value(found, "kl") > value(results["bridge"], "kl", 1)
+        assert value(results[f"identity@{split}"], "kl") == 0, "the weights were put back"
+
+
+def test_ngrams_are_measured_and_write_text(root, results):
+    config = train_config(root)
+    backbone = load_backbone(config.backbone.id, device="cpu")
+    data = TextDataModule(
+        config.data,
+        tokenizer=backbone.tokenizer,
+        tokenizer_fingerprint=backbone.tokenizer_fingerprint,
+        start_token_id=backbone.start_token_id,
+        end_token_id=backbone.end_token_id,
+    )
+    windows = data.evaluation_windows(tokens=700, seed=0)
+    for name, order in (("bigram", 2), ("trigram", 3)):
+        text = data.train_tokens
+        model = NgramModel.fit(text.tokens, order=order, vocab=backbone.vocab_size, ends=text.ends)
+        nll = count = 0.0
+        for row in range(len(windows)):
+            ids = windows.input_ids[row, : int(windows.attention_mask[row].sum())].tolist()
+            for at in range(1, len(ids)):
+                context = [-1] * order + ids[:at]
+                nll -= float(model.log_probabilities(torch.tensor([context[1 - order :]]))[0, ids[at]])
+                count += 1
+        assert value(results[name], "nll") == pytest.approx(nll / count, rel=1e-5)
+        assert value(results[name], "explained_variance") is None
+        assert results[name].kind == "control"
+        written = results[name].text["0"]
+        assert (written.samples, written.new_tokens) == (3, 10)
+    order = [value(results[name], "nll") for name in ("trigram", "bigram", "unigram")]
+    assert order == sorted(order), "the more context, the better"
+
+
+def test_ngrams_are_counted_again_when_the_training_text_changes(root, tmp_path):
+    backbone = BackboneConfig(id=str(root / "backbone"), device="cpu")
+    lines = (root / "text.jsonl").read_text().splitlines()
+    (tmp_path / "text.jsonl").write_text("\n".join(lines))
+    data = DataConfig(source=str(tmp_path / "text.jsonl"), sequence_length=LENGTH, validation_fraction=0.4)
+    options = fast(root, checkpoints=(), data=data, backbone=backbone, out=str(tmp_path / "out"), tokens=100_000)
+    before = {path.stem: read_result(path) for path in evaluate(options)}
+    held = before["backbone"].documents
+    lines = [line for line in lines if _key(line) in held] + [line for line in lines if _key(line) not in held][:-8]
+    (tmp_path / "text.jsonl").write_text("\n".join(lines))
+    after = {path.stem: read_result(path) for path in evaluate(options)}
+    assert after["backbone"] == before["backbone"], "kept: its text is the same"
+    for name in ("unigram", "bigram", "trigram"):
+        assert value(after[name], "nll") != value(before[name], "nll")
+
+
+def _key(line: str) -> str:
+    return document_key(json.loads(line)["text"])
+
+
+def test_controls_that_are_not_asked_for_are_left_out(root, results):
+    files = evaluate(fast(root, controls=("oracle", "bigram"), out=str(root / "few")))
+    assert {path.stem for path in files} == {"backbone", "identity@2", "oracle@2", "bigram", "bridge"}
+    again = fast(root, controls=("bigram",), out=str(root / "few"))
+    before = (root / "few" / "bridge.json").stat().st_mtime_ns
+    evaluate(again)
+    assert (root / "few" / "bridge.json").stat().st_mtime_ns == before, "other rows decide no numbers"
+
+
+def test_two_checkpoints_of_one_split_have_an_oracle_each(root):
+    make_run(root, "second", steps=5)
+    both = (str(root / "bridge"), str(root / "second"))
+    controls = ("untrained", "oracle", "shuffled")
+    files = evaluate(fast(root, checkpoints=both, controls=controls, out=str(root / "both")))
+    found = {result.name: result for result in map(read_result, files)}
+    assert set(found) == {
+        "backbone", "identity@2", "bridge", "second", "untrained@2",
+        "oracle@2", "oracle@2 (second)", "shuffled@2", "shuffled@2 (second)",
+    }  # fmt: skip
+    for name, trained in (("oracle@2", "bridge"), ("oracle@2 (second)", "second")):
+        assert value(found[name], "state_error", 1) == pytest.approx(value(found[trained], "state_error", 1), rel=0.01)
+        assert trained in found[name].details["notes"][0]
+
+
+def test_other_documents_are_other_documents_at_the_same_positions(root, config):
+    checkpoint = load_checkpoint(root / "bridge")
+    backbone = load_backbone(checkpoint.config.backbone.id, device="cpu")
+    data = TextDataModule(
+        checkpoint.config.data,
+        tokenizer=backbone.tokenizer,
+        tokenizer_fingerprint=backbone.tokenizer_fingerprint,
+        start_token_id=backbone.start_token_id,
+        end_token_id=backbone.end_token_id,
+    )
+    windows = data.evaluation_windows(tokens=700)
+    other = other_documents(windows)
+    lengths = windows.attention_mask.sum(-1)
+    assert other.shape == windows.input_ids.shape
+    used = set()
+    for row in range(len(windows)):
+        length = int(lengths[row])
+        givers = [
+            place
+            for place in range(len(windows))
+            if lengths[place] >= length and torch.equal(windows.input_ids[place, :length], other[row, :length])
+        ]
+        # A window of a few bytes may begin several documents.
+        others = [place for place in givers if windows.document_ids[place, 0] != windows.document_ids[row, 0]]
+        assert others, "a window of another document, long enough"
+        used.update(others)
+    assert len(used) > len(windows) / 2, "not all of one document"
+    one = dataclasses.replace(windows, document_ids=torch.zeros_like(windows.document_ids))
+    assert other_documents(one) is None
+    # The longest window of all has nobody as long: the longest other text is repeated after its first token.
+    short = dataclasses.replace(
+        windows,
+        input_ids=torch.tensor([[0, 11, 12, 13, 14, 15], [0, 21, 22, 1, 1, 1]]),
+        attention_mask=torch.tensor([[True] * 6, [True] * 3 + [False] * 3]),
+        document_ids=torch.tensor([[0] * 6, [1] * 3 + [-1] * 3]),
+        loss_mask=torch.zeros(2, 6, dtype=torch.bool),
+        predicted_bytes=torch.zeros(2, 6, dtype=torch.int64),
+    )
+    assert other_documents(short).tolist() == [[0, 21, 22, 21, 22, 21], [0, 11, 12, 1, 1, 1]]
 
 
 def test_numbers_equal_a_direct_computation(root, config, results):
@@ -171,7 +320,8 @@ def test_generation_has_fixed_length_and_is_self_graded(results):
             assert len(found.texts) == 3
             assert found.generative_perplexity == pytest.approx(np.exp(found.generative_nll))
     assert results["real-text"].text["0"].tokens_per_second is None
-    assert results["identity@2"].text == {}
+    for name in ("identity@2", "oracle@2", "shuffled@2", "random-suffix@2"):
+        assert results[name].text == {}
     assert results["backbone"].text["0"].generative_nll < results["unigram"].text["0"].generative_nll
 
 
@@ -203,6 +353,8 @@ def test_batches_do_not_change_results(root, config, results):
             assert value(found["bridge"], metric, steps) == pytest.approx(
                 value(results["bridge"], metric, steps), rel=1e-4
             )
+    for name in ("oracle@2", "shuffled@2"):
+        assert value(found[name], "kl", 1) == pytest.approx(value(results[name], "kl", 1), rel=1e-3), name
 
 
 def test_finished_rows_are_kept_and_missing_ones_made_again(root, config, results, monkeypatch):
@@ -234,7 +386,7 @@ def test_no_checkpoint_measures_the_bounds(root):
     data = DataConfig(source=str(root / "text.jsonl"), sequence_length=LENGTH, validation_fraction=0.4)
     backbone = BackboneConfig(id=str(root / "backbone"), device="cpu")
     files = evaluate(fast(root, checkpoints=(), data=data, backbone=backbone, out=str(root / "bounds")))
-    assert [path.stem for path in files] == ["backbone", "unigram"]
+    assert [path.stem for path in files] == ["backbone", "unigram", "bigram", "trigram"]
 
 
 @pytest.mark.parametrize(
@@ -251,8 +403,17 @@ def test_no_checkpoint_measures_the_bounds(root):
     ],
 )
 def test_options_out_of_range(root, changes, message):
+    folder = root / "refused" / "evaluation"
     with pytest.raises(UsageError, match=message):
-        evaluate(fast(root, **changes))
+        evaluate(fast(root, **changes, out=str(folder)))
+    assert not folder.parent.exists(), "nothing is left behind"
+
+
+def test_a_failed_evaluation_keeps_what_was_there(root, tmp_path):
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(UsageError, match="Did you mean 'backbone'"):
+        evaluate(fast(root, reference="backbon", out=str(tmp_path / "mine" / "out")))
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine"]
 
 
 def test_the_same_checkpoint_twice(root):
@@ -341,6 +502,8 @@ def test_adapters_act_in_their_own_row_only(root, results):
     files = evaluate(dataclasses.replace(options, out=str(root / "adapted-out")))
     found = {result.name: result for result in map(read_result, files)}
     assert value(found["identity@2"], "kl") == 0
+    error = value(found["adapted"], "state_error", 1)
+    assert value(found["oracle@2"], "state_error", 1) == pytest.approx(error, rel=0.01)
     assert value(found["mean-state@2"], "kl") == value(found["untrained@2"], "kl", 1), "its adapters are off, or zero"
     assert found["backbone"].comparable.backbone_fingerprint == results["backbone"].comparable.backbone_fingerprint
     checkpoint = load_checkpoint(root / "adapted")

@@ -10,10 +10,10 @@ from dihal.nn import DenoiserTransformer
 STATE, CONDITION = 12, 10
 
 
-def tiny(seed=0, state_dim=STATE, condition_dim=CONDITION, *, disturb=True, **options):
+def tiny(seed=0, state_dim=STATE, condition_dim=CONDITION, *, output_dim=None, disturb=True, **options):
     torch.manual_seed(seed)
     config = DenoiserConfig(**({"width": 32, "depth": 2, "heads": 4} | options))
-    model = DenoiserTransformer(config, state_dim, condition_dim).eval()
+    model = DenoiserTransformer(config, state_dim, condition_dim, output_dim=output_dim).eval()
     if disturb:
         with torch.no_grad():
             for parameter in model.parameters():

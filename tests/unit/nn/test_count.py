@@ -50,6 +50,15 @@ def test_flops_equal_what_runs(norm, condition_dim, self_conditioning):
     assert counter.get_total_flops() == pytest.approx(expected, rel=1e-12)
 
 
+def test_flops_with_a_time_per_position_and_an_output_of_its_own():
+    model = tiny(mask="bidirectional", output_dim=5)
+    z, t, c = inputs(batch=2, time=16)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(z, t[:, None].expand(2, 16), c)
+    each = flops_per_token(model.config, STATE, CONDITION, 16, output_dim=5, time_per_position=True)
+    assert counter.get_total_flops() == pytest.approx(2 * 16 * each, rel=1e-12)
+
+
 def test_causal_attention_counts_the_keys_that_are_seen():
     bidirectional, causal = tiny(mask="bidirectional").config, tiny().config
     difference = flops_per_token(bidirectional, 8, 8, 101) - flops_per_token(causal, 8, 8, 101)

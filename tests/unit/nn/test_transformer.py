@@ -131,6 +131,82 @@ def test_cached_equals_full_pass(norm, padding, chunks):
     assert difference < 1e-5 * full.abs().max()
 
 
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("padding", [None, LEFT])
+@torch.no_grad()
+def test_a_cache_of_known_positions_equals_the_full_pass_in_every_evaluation(norm, padding):
+    """Two rows with prefixes of 3 and 5: the 3 leading columns are cached, the rest goes through each call."""
+    model = tiny(norm=norm, mask="mixed", self_conditioning=0.5)
+    z, _, c = inputs()
+    known = torch.tensor([[1, 1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 1, 0, 0]]).bool()
+    real = torch.ones(2, 7).bool() if padding is None else padding.bool()
+    cache = DenoiserCache()
+    for evaluation, level in enumerate((0.9, 0.5, 0.1)):
+        z = torch.where(known[..., None], z, torch.randn(z.shape, generator=torch.Generator().manual_seed(evaluation)))
+        t = torch.where(known, 0.0, level)
+        own = torch.where(known[..., None], 0.0, z.flip(0))
+        full = model(z, t, c, known=known, self_condition=own, attention_mask=padding)
+        if evaluation == 0:
+            new = {"known": known[:, :3], "self_condition": own[:, :3], "keep": 3}
+            first = model(
+                z[:, :3],
+                t[:, :3],
+                c[:, :3],
+                cache=cache,
+                attention_mask=real[:, :3] if padding is not None else None,
+                **new,
+            )
+            assert torch.allclose(first[real[:, :3]], full[:, :3][real[:, :3]], atol=1e-5 * full.abs().max().item())
+        rest = model(
+            z[:, 3:],
+            t[:, 3:],
+            c[:, 3:],
+            known=known[:, 3:],
+            self_condition=own[:, 3:],
+            attention_mask=padding,
+            cache=cache,
+            keep=0,
+        )
+        assert cache.length == 3
+        difference = (rest - full[:, 3:]).abs().amax(-1)[real[:, 3:]].max()
+        assert difference < 1e-5 * full.abs().max()
+
+
+@torch.no_grad()
+def test_a_cache_refuses_unknown_positions():
+    model = tiny(mask="mixed")
+    z, t, c = inputs()
+    known = torch.arange(7).expand(2, 7) < 3
+    with pytest.raises(UsageError, match="keeps known positions only"):
+        model(z, t, c, known=known, cache=DenoiserCache())
+    cache = DenoiserCache()
+    out = model(z, t, c, known=known, cache=cache, keep=3)
+    assert cache.length == 3
+    assert torch.equal(out, model(z, t, c, known=known))
+
+
+@torch.no_grad()
+def test_an_output_of_its_own_size():
+    model = tiny(output_dim=5)
+    z, t, c = inputs()
+    assert model(z, t, c).shape == (2, 7, 5)
+    assert tiny().output_dim == STATE
+
+
+@torch.no_grad()
+def test_condition_dropped_per_position():
+    model = tiny(mask="bidirectional")
+    z, t, c = inputs()
+    drop = torch.tensor([[0, 1, 0, 0, 1, 0, 0], [0, 0, 0, 0, 0, 0, 1]]).bool()
+    out = model(z, t, c, drop_condition=drop)
+    c2 = torch.where(drop[..., None], c + 3, c)
+    assert torch.equal(out, model(z, t, c2, drop_condition=drop))
+    assert not torch.equal(out, model(z, t, c))
+    rows = torch.tensor([True, False])
+    each = model(z, t, c, drop_condition=rows[:, None].expand(2, 7))
+    assert torch.allclose(each, model(z, t, c, drop_condition=rows), atol=1e-6)
+
+
 @torch.no_grad()
 def test_cache_crops_and_reorders():
     model = tiny()
@@ -297,7 +373,7 @@ def test_inputs_that_the_configuration_does_not_have():
         tiny()(z, t, c, known=known)
     with pytest.raises(UsageError, match="self_conditioning: 0"):
         tiny()(z, t, c, self_condition=z)
-    with pytest.raises(UsageError, match="cache needs the mask 'causal'"):
+    with pytest.raises(UsageError, match="cache needs the mask 'causal' or 'mixed'"):
         tiny(mask="bidirectional")(z, t, c, cache=DenoiserCache())
     with pytest.raises(UsageError, match="covers cached and new"):
         tiny()(z, t, c, attention_mask=torch.ones(2, 9).bool())

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from dihal.backbone import backbone_from_config
+from dihal.checkpoint import load_checkpoint
 from dihal.config import BudgetConfig
 from dihal.errors import UsageError
-from dihal.training.budget import Clock, plan_steps
+from dihal.methods import build_method
+from dihal.training.budget import Clock, Spent, plan_steps
 from dihal.training.plan import estimate_memory, flops_per_token
 from dihal.training.run import train
 from dihal.training.setup import resolve
@@ -34,6 +38,9 @@ NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine w
         ({"log.every": 0}, "log.every"),
         ({"budget.tokens": 10}, "one optimiser step takes 64"),
         ({"budget.seconds": 0.0}, "budget.seconds"),
+        ({"budget.flops": 0.0}, "budget.flops"),
+        ({"budget.flops": 1.0}, "one optimiser step takes"),
+        ({"budget.trials": 0}, "budget.trials"),
         ({"backbone.dtype": "bfloat16", "trainer.precision": "32-true"}, "bf16-mixed"),
         ({"backbone.dtype": "float16"}, "float16"),
         ({"backbone.device": "cuda"}, "contradict"),
@@ -107,14 +114,26 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(
 def test_budget_in_steps() -> None:
     plan = plan_steps(BudgetConfig(tokens=1000), sequence_length=16, batch_size=2, accumulate=2, world_size=2)
     assert (plan.sequences_per_step, plan.tokens_per_step, plan.steps, plan.tokens) == (8, 128, 7, 896)
-    assert not plan.is_spent(768, 0.0)
-    assert plan.is_spent(896, 0.0)
-    assert plan.share(448, 0.0) == 0.5
+    assert not plan.is_spent(Spent(tokens=768))
+    assert plan.is_spent(Spent(tokens=896))
+    assert plan.share(Spent(tokens=448)) == 0.5
     timed = plan_steps(
         BudgetConfig(tokens=1000, seconds=10.0), sequence_length=16, batch_size=8, accumulate=1, world_size=1
     )
-    assert timed.share(128, 7.0) == 0.7
-    assert timed.is_spent(128, 10.0)
+    assert timed.share(Spent(tokens=128, seconds=7.0)) == 0.7
+    assert timed.is_spent(Spent(tokens=128, seconds=10.0))
+
+
+def test_budget_in_flops() -> None:
+    plan = plan_steps(
+        BudgetConfig(tokens=1000, flops=100.0), sequence_length=16, batch_size=8, accumulate=1, world_size=1
+    )
+    spent = Spent(tokens=128, flops={"denoiser_forward": 40.0, "preparation": 10.0}, step_flops=40.0)
+    assert plan.share(spent) == 0.5
+    assert not plan.is_spent(spent), "90 of 100 after one more step"
+    spent.add_flops({"denoiser_forward": 40.0})
+    assert plan.is_spent(spent), "130 of 100 after one more step"
+    assert plan.share(spent) == 0.9
 
 
 def test_the_clock_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,15 +151,27 @@ def test_the_clock_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     assert clock.seconds == 9.0
 
 
-def test_flops_count_the_passes_that_run(make: Make) -> None:
-    backbone = tiny_backbone(num_blocks=3)
-    state = flops_per_token(make(), backbone)
-    assert state["suffix"] == 0
-    assert state["prefix"] == backbone.flops_per_token(0, 1, 8.5)
-    ce = flops_per_token(make(**{"method.objective.cross_entropy": 1.0}), backbone)
-    kl = flops_per_token(make(**{"method.objective.kl": 1.0}), backbone)
-    assert ce["denoiser"] == state["denoiser"]
-    assert kl["suffix"] == pytest.approx(1.5 * ce["suffix"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"method.objective.cross_entropy": 1.0},
+        {"method.objective.kl": 1.0, "method.objective.suffix_every": 2},
+        {"method.objective.metric": "fisher", "method.denoiser.self_conditioning": 0.5},
+        {"method.objective.kl": 1.0, "method.lora.rank": 2, "method.objective.condition_dropout": 0.1},
+    ],
+    ids=lambda changes: "+".join(name.rsplit(".", 1)[-1] for name in changes) or "state",
+)
+def test_the_planned_flops_are_those_of_training(make: Make, changes: dict[str, Any]) -> None:
+    config = make(steps=3, **changes)
+    folder = train(config)
+    backbone = backbone_from_config(config.backbone)
+    method = build_method(config.method, backbone)
+    method.attach(backbone)
+    planned = flops_per_token(config, backbone, method)
+    spent = load_checkpoint(folder).state["flops"]
+    spent.pop("preparation")
+    assert spent == {part: pytest.approx(value * config.budget.tokens) for part, value in planned.items()}
 
 
 def test_memory_counts_state_exactly(make: Make) -> None:

@@ -1,0 +1,207 @@
+"""Where continuations come from. The only module of the frontier that knows how each kind of row writes."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dihal.backbone import Backbone
+from dihal.evaluation.checkpoints import Trained
+from dihal.evaluation.frontier.variants import Variant
+from dihal.evaluation.generation import Prompts, generate_row
+from dihal.evaluation.ngram import NgramModel
+from dihal.evaluation.rows import Row
+
+__all__ = [
+    "BackboneSource",
+    "BridgeSource",
+    "Made",
+    "NgramSource",
+    "Source",
+    "WriterSource",
+    "WritingCost",
+    "writing_cost",
+]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Made:
+    """A set of continuations and what writing one took."""
+
+    tokens: Int[Tensor, "samples new"]
+    seconds: float
+    agreement: Float[Tensor, " samples"] | None = None
+    """Share of new positions where own head and frozen stack agree; None where there is one readout."""
+    nfe: int | None = None
+    """Calls of the denoiser per text, guidance included, however many positions each had; None: there is no network."""
+    encodes: int | None = None
+    """Passes of tokens through the blocks below the split, per text."""
+    reads: int | None = None
+    """Passes of states through the blocks above, per text."""
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Continues every prompt by the same number of tokens."""
+
+    def write(
+        self, prompts: Prompts, *, new_tokens: int, steps: int, temperature: float, seed: int, compare: bool = True
+    ) -> Made:
+        """Write; the draws of a sample depend on (seed, its place among the prompts) only.
+
+        ``compare`` asks a row with two readouts whether they agree, which takes one more pass of the frozen stack.
+        """
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BackboneSource:
+    """The backbone itself, token by token."""
+
+    backbone: Backbone
+    batch_size: int
+
+    def write(
+        self, prompts: Prompts, *, new_tokens: int, steps: int, temperature: float, seed: int, compare: bool = True
+    ) -> Made:
+        """See :class:`Source`; ``steps`` has no meaning here."""
+        tokens, seconds = generate_row(
+            Row(name="backbone", method="backbone", kind="bound"),
+            steps,
+            self.backbone,
+            prompts,
+            new_tokens=new_tokens,
+            temperature=temperature,
+            seed=seed,
+            batch_size=self.batch_size,
+            sampler=None,
+        )
+        return Made(tokens=tokens, seconds=seconds, nfe=0, encodes=new_tokens, reads=new_tokens)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BridgeSource:
+    """A checkpoint of the regime `replace`: a causal LM, token by token."""
+
+    backbone: Backbone
+    trained: Trained
+    batch_size: int
+
+    def write(
+        self, prompts: Prompts, *, new_tokens: int, steps: int, temperature: float, seed: int, compare: bool = True
+    ) -> Made:
+        """See :class:`Source`; ``steps`` per token."""
+        tokens, seconds = generate_row(
+            Row(name=self.trained.name, method="bridge", kind="checkpoint", trained=self.trained),
+            steps,
+            self.backbone,
+            prompts,
+            new_tokens=new_tokens,
+            temperature=temperature,
+            seed=seed,
+            batch_size=self.batch_size,
+            sampler=None,
+        )
+        passes = self.trained.method.evaluations(steps) * new_tokens
+        return Made(tokens=tokens, seconds=seconds, nfe=passes, encodes=0, reads=new_tokens)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class WriterSource:
+    """A checkpoint of the regime `generate`: all new tokens of a block at once."""
+
+    backbone: Backbone
+    writer: Any
+    """A `dihal.writer.Writer`: its ``write`` and ``config.writing`` are used."""
+    variant: Variant
+    batch_size: int
+
+    def write(
+        self, prompts: Prompts, *, new_tokens: int, steps: int, temperature: float, seed: int, compare: bool = True
+    ) -> Made:
+        """See :class:`Source`; ``steps`` per block. The length is fixed: the writer is not asked where to end."""
+        writing = self.variant.writing(self.writer.config.writing, steps=steps, temperature=temperature, seed=seed)
+        count, given = prompts.prompts.shape
+        device = self.backbone.device
+        ids = torch.zeros(count, given + new_tokens, dtype=torch.int64)
+        ids[:, :given] = prompts.prompts
+        known = (torch.arange(ids.shape[1]) < given).expand(count, -1)
+        began = time.perf_counter()
+        parts = [
+            self.writer.write(
+                self.backbone,
+                ids[rows].to(device),
+                known[rows].to(device),
+                given=None,
+                writing=writing,
+                sample_ids=prompts.sample_ids[rows].to(device),
+                end=False,
+                compare=compare,
+            )
+            for rows in torch.arange(count).split(self.batch_size)
+        ]
+        tokens = torch.cat([part.tokens[:, given:].cpu() for part in parts])
+        seconds = time.perf_counter() - began
+        agreements = [part.agreement for part in parts if part.agreement is not None]
+        return Made(
+            tokens=tokens,
+            seconds=seconds,
+            agreement=torch.cat([part.cpu().float() for part in agreements]) if agreements else None,
+            nfe=parts[0].nfe,
+            encodes=parts[0].encodes,
+            reads=parts[0].reads,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class NgramSource:
+    """An n-gram model of the training tokens: what a naive sampler reaches."""
+
+    model: NgramModel
+    banned: int | None
+
+    def write(
+        self, prompts: Prompts, *, new_tokens: int, steps: int, temperature: float, seed: int, compare: bool = True
+    ) -> Made:
+        """See :class:`Source`; ``steps`` has no meaning here."""
+        began = time.perf_counter()
+        tokens = self.model.sample(
+            prompts.prompts,
+            new_tokens=new_tokens,
+            temperature=temperature,
+            seed=seed,
+            sample_ids=prompts.sample_ids,
+            banned=self.banned,
+        )
+        return Made(tokens=tokens, seconds=time.perf_counter() - began)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WritingCost:
+    """What one continuation takes, without comparing readouts."""
+
+    nfe: int | None
+    encodes: int | None
+    reads: int | None
+    flops_per_token: float | None
+    """FLOPs per new token, prompt included; None where there is no network."""
+
+
+def writing_cost(source: Source, prompts: Prompts, *, new_tokens: int, steps: int, temperature: float) -> WritingCost:
+    """Continue the first prompt under torch's own counter of FLOPs.
+
+    The counter knows matrix products and attention (dense: masked pairs count) and nothing else.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    one = Prompts(prompts=prompts.prompts[:1], real=prompts.real[:1])
+    # The counter does not know the fused attention of a CPU; as plain products it is counted alike everywhere.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        made = source.write(one, new_tokens=new_tokens, steps=steps, temperature=temperature, seed=0, compare=False)
+    flops = None if made.nfe is None else counter.get_total_flops() / new_tokens
+    return WritingCost(nfe=made.nfe, encodes=made.encodes, reads=made.reads, flops_per_token=flops)

@@ -1,0 +1,273 @@
+"""A board as cells, and as a terminal table, Markdown and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from dihal.evaluation.bootstrap import Interval
+from dihal.evaluation.frontier.board import Board, Curve
+from dihal.evaluation.frontier.definitions import METRICS, SET_METRICS
+from dihal.evaluation.frontier.result import Point
+
+__all__ = [
+    "KIND_TEXT",
+    "curve_cells",
+    "curve_columns",
+    "curves_csv",
+    "describe",
+    "point_cells",
+    "point_columns",
+    "points_csv",
+    "rich_table",
+    "to_markdown",
+]
+
+KIND_TEXT = {"checkpoint": "trained", "bound": "bound", "control": "control", "text": "text"}
+
+_FEW_DOCUMENTS = 10
+_FEW_SAMPLES = 1_000
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """A value for a table; empty where there is none."""
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def with_interval(found: Interval, digits: int = 2) -> str:
+    """``4.78 [4.71, 4.85]``."""
+    if found.value is None or found.low is None or found.high is None:
+        return number(found.value, digits)
+    return f"{found.value:.{digits}f} [{found.low:.{digits}f}, {found.high:.{digits}f}]"
+
+
+def count(value: float | int | None) -> str:
+    """``79M``."""
+    if value is None:
+        return ""
+    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g}{letter}"
+    return f"{value:.3g}"
+
+
+def curve_columns(board: Board) -> dict[str, str]:
+    """Column key -> heading of the table of curves."""
+    columns = {"name": "row", "kind": "kind", "steps": "steps"}
+    for index, entropy in enumerate(board.entropies):
+        columns |= {
+            f"nll_{index}": f"NLL @ {entropy:.2f}",
+            f"behind_{index}": "behind the backbone",
+            f"agreement_{index}": f"agreement @ {entropy:.2f}",
+        }
+    columns |= {"area": "area [nats]", "nfe": "NFE", "encodes": "encodes", "reads": "reads", "flops": "FLOPs/token"}
+    return columns | {"speed": "tokens/s", "parameters": "trained", "tokens": "diffused"}
+
+
+def curve_cells(curve: Curve, axis: str) -> dict[str, str]:
+    """The texts of one curve by column."""
+    point = curve.points[0]
+    speeds = [item.tokens_per_second for item in curve.points if item.tokens_per_second is not None]
+    text = curve.row.kind == "text"
+    found = {
+        "name": curve.label,
+        "kind": KIND_TEXT[curve.row.kind],
+        "steps": "" if curve.steps == 0 else str(curve.steps),
+        # One point has no curve; its area would only say where the point lies.
+        "area": "" if text else with_interval(curve.area),
+        "nfe": "" if not point.nfe else str(point.nfe),
+        "encodes": "" if point.encodes is None else str(point.encodes),
+        "reads": "" if point.reads is None else str(point.reads),
+        "flops": count(point.flops_per_token),
+        "speed": count(max(speeds)) if speeds else "",
+        "parameters": count(curve.row.cost.get("trainable_parameters")),
+        "tokens": count(curve.row.cost.get("diffused_tokens")),
+    }
+    for index, matched in enumerate(curve.matched):
+        found[f"nll_{index}"] = with_interval(matched.nll)
+        reference = curve.row.kind in ("bound", "text")
+        found[f"behind_{index}"] = "" if reference else with_interval(matched.behind)
+        found[f"agreement_{index}"] = with_interval(matched.agreement)
+    if text and not any(matched.nll.value is not None for matched in curve.matched):
+        # A point is no curve: shown with its own entropy.
+        nll, entropy = point.metrics["nll"].value, point.metrics[axis].value
+        found["nll_0"] = f"{number(nll)} at {number(entropy)}"
+        found["agreement_0"] = f"{number(point.metrics['agreement'].value)} at {number(entropy)}"
+    return found
+
+
+def point_columns(board: Board) -> dict[str, str]:
+    """Column key -> heading of the table of points."""
+    shown = ("nll", board.axis, "agreement", "self_agreement", "rep_4", "degenerate", "memorised", "ended")
+    columns = {"name": "row", "steps": "steps", "temperature": "T"}
+    columns |= {name: METRICS[name].label for name in shown}
+    return columns | {name: SET_METRICS[name][0] for name in ("dist_2", "self_bleu", "mauve", "frechet")}
+
+
+def mean_of(values: Sequence[float | None]) -> float | None:
+    """Mean over seeds; None if any is missing."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known and len(known) == len(values) else None
+
+
+def point_cells(curve: Curve, point: Point, board: Board) -> dict[str, str]:
+    """The texts of one point by column."""
+    found = {
+        "name": curve.label,
+        "steps": "" if point.steps == 0 else str(point.steps),
+        "temperature": "" if curve.row.kind == "text" else f"{point.temperature:g}",
+    }
+    for name in point_columns(board):
+        if name in METRICS:
+            interval = point.metrics[name]
+            wide = name in ("nll", board.axis)
+            found[name] = with_interval(interval) if wide else number(interval.value, 3)
+        elif name in SET_METRICS:
+            found[name] = number(mean_of(point.set_metrics[name]), 3)
+    return found
+
+
+def describe(board: Board) -> list[str]:
+    """What the reader must know beside the tables, one sentence each."""
+    first, shared = board.first, board.first.comparable
+    star = " It is the backbone or its kin: self-graded, and it favours its kin." if first.self_graded else ""
+    low, high = board.range
+    tokens = "the backbone's" if board.axis == "entropy" else "the scorer's"
+    lines = [
+        f"{shared.samples} continuations of {shared.new_tokens} tokens per point and seed "
+        f"({len(shared.seeds)} sampling seed{'s' * (len(shared.seeds) != 1)}), each of a held-out prompt of "
+        f"{shared.prompt_tokens} tokens; {len(first.document_keys)} documents. Backbone {first.backbone.get('id')} "
+        f"({first.backbone.get('dtype')}).",
+        f"NLL in nats per token under {shared.scorer}.{star}",
+        f"Low NLL at low entropy is repetition: compare at equal entropy ({tokens} tokens, within a continuation), "
+        "interpolated between the temperatures of a row; empty where the row does not pass it.",
+        f"Area: how far the row gets below log V = {math.log(first.scorer_vocab):.2f} nats at an entropy of at least e, "
+        f"mean over e from {low:.2f} to {high:.2f}; higher is better.",
+        f"Intervals: {first.confidence:.0%}, {first.bootstrap} resamples of documents, the same for all rows. They do "
+        "not cover training seeds.",
+        "Distinct n-grams, self-BLEU, MAUVE and Frechet depend on the number of samples and have no interval.",
+        "NFE, encodes, reads: passes of denoiser, replaced blocks and frozen stack per text, however many positions "
+        "each had. FLOPs of one text alone, prompt included, as torch counts them.",
+    ]
+    if shared.samples < _FEW_SAMPLES:
+        lines.append(f"Only {shared.samples} samples: too few for a headline.")
+    if len(first.document_keys) < _FEW_DOCUMENTS:
+        lines.append(f"Only {len(first.document_keys)} documents: the intervals are rough.")
+    reasons = sorted(
+        {f"{SET_METRICS[name][0]} is missing: {why}." for curve in board.curves for point in curve.points
+         for name, why in point.missing.items() if curve.row.kind != "text"}
+    )  # fmt: skip
+    lines += reasons
+    cut = [label for label, row in board.rows() if len(row.points) < row.planned]
+    if cut:
+        lines.append(f"Interrupted, some points are missing: {', '.join(cut)}.")
+    if board.ignored:
+        lines.append(f"{board.ignored} other JSON files were left out.")
+    return lines
+
+
+def _line(values: Sequence[str]) -> str:
+    return "| " + " | ".join(value.replace("|", "\\|") for value in values) + " |"
+
+
+def _markdown(columns: dict[str, str], rows: list[dict[str, str]], bold: list[bool]) -> list[str]:
+    used = [name for name in columns if any(row[name] for row in rows)]
+    out = [_line([columns[name] for name in used])]
+    out.append(_line(["---" if name in ("name", "kind") else "---:" for name in used]))
+    for row, strong in zip(rows, bold, strict=True):
+        out.append(_line([f"**{row[n]}**" if n == "name" and strong else row[n] for n in used]))
+    return out
+
+
+def to_markdown(board: Board) -> str:
+    """Both tables in Markdown with their notes."""
+    pairs = [(curve, point) for curve in board.curves for point in curve.points]
+    trained = [curve.row.kind == "checkpoint" for curve in board.curves]
+    return (
+        "\n".join(
+            [
+                "# Frontier",
+                "",
+                "![NLL against entropy](frontier.png)",
+                "",
+                *_markdown(curve_columns(board), [curve_cells(curve, board.axis) for curve in board.curves], trained),
+                "",
+                *(f"- {sentence}" for sentence in describe(board)),
+                "",
+                "## Points",
+                "",
+                *_markdown(
+                    point_columns(board),
+                    [point_cells(curve, point, board) for curve, point in pairs],
+                    [curve.row.kind == "checkpoint" for curve, _ in pairs],
+                ),
+            ]
+        )
+        + "\n"
+    )
+
+
+def rich_table(board: Board) -> Table:
+    """The curves for a terminal."""
+    from rich import box
+
+    columns = curve_columns(board)
+    shown = [name for name in columns if name.startswith(("name", "steps", "nll", "agreement", "area", "nfe"))]
+    rows = [curve_cells(curve, board.axis) for curve in board.curves]
+    table = Table(title="Frontier", box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0))
+    used = [name for name in shown if any(row[name] for row in rows)]
+    for name in used:
+        table.add_column(columns[name], justify="left" if name == "name" else "right", no_wrap=True)
+    for curve, row in zip(board.curves, rows, strict=True):
+        table.add_row(*(row[name] for name in used), style="bold" if curve.row.kind == "checkpoint" else "dim")
+    return table
+
+
+def _csv(head: list[str], rows: list[list[object]]) -> str:
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(head)
+    writer.writerows([["" if value is None else value for value in row] for row in rows])
+    return out.getvalue()
+
+
+def points_csv(board: Board) -> str:
+    """Every point, every metric with its interval, unrounded; set metrics as the mean over seeds."""
+    parts = ("value", "low", "high")
+    head = ["name", "kind", "regime", "space", "split", "steps", "temperature"]
+    head += [name if part == "value" else f"{name}_{part}" for name in METRICS for part in parts]
+    head += [*SET_METRICS, "nfe", "encodes", "reads", "flops_per_token", "tokens_per_second", "commit", "file"]
+    rows: list[list[object]] = []
+    for curve in board.curves:
+        row = curve.row
+        for point in curve.points:
+            rows.append(
+                [curve.label, row.kind, row.regime, row.space, row.split, point.steps, point.temperature]
+                + [getattr(point.metrics[name], part) for name in METRICS for part in parts]
+                + [mean_of(point.set_metrics[name]) for name in SET_METRICS]
+                + [point.nfe, point.encodes, point.reads, point.flops_per_token, point.tokens_per_second]
+                + [row.provenance.get("commit"), curve.path.name]
+            )
+    return _csv(head, rows)
+
+
+def curves_csv(board: Board) -> str:
+    """Every curve at every entropy of comparison, with its area."""
+    head = ["name", "kind", "steps", "entropy"]
+    groups = ("nll", "agreement", "behind")
+    head += [
+        name if part == "value" else f"{name}_{part}" for name in (*groups, "area") for part in ("value", "low", "high")
+    ]
+    rows: list[list[object]] = []
+    for curve in board.curves:
+        for matched in curve.matched:
+            found = [*(getattr(matched, name) for name in groups), curve.area]
+            rows.append(
+                [curve.label, curve.row.kind, curve.steps, matched.entropy]
+                + [value for item in found for value in (item.value, item.low, item.high)]
+            )
+    return _csv(head, rows)

@@ -1,0 +1,266 @@
+"""One block of positions, denoised together.
+
+With projection (``project`` > 0) every evaluation of the denoiser is followed by
+
+1. reading: tokens y of all positions, drawn from own head and suffix as ``readout`` says;
+2. encoding: the states h^l(y) of those tokens, by the frozen blocks below the split, after what is written;
+3. mixing: (1 - project) x0 + project normalise(h^l(y)) is the clean estimate that the solver goes on with.
+
+From the second evaluation on, the suffix reads not the estimate but h^l(y) of the evaluation before. With readout
+`suffix` the tokens then follow y_i <- argmax_w [log p(w | y_<i) / temperature + g_iw], p the frozen model's own
+next-token distribution: one step of the Jacobi iteration for its ancestral sampling (Song et al. 2021, "Accelerating
+feedforward computation via parallel nonlinear equation solving"; Santilli et al. 2023). With common noise g its only
+fixed point is the very text that the frozen model would write token by token with that noise, and it is reached after
+at most as many steps as there are positions, since position i settles once all before it have. The denoiser's part is
+to start the iteration close to where it ends and, with `fused`, to pull it towards what it has planned: there the
+fixed point of the reading is the ancestral sample of the product of the two distributions, for an own head that has
+settled. With fresh noise at each step nothing settles, and the last tokens are drawn anew from the last reading.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from dihal.config.spaces import WritingConfig
+from dihal.diffusion.samplers import nfe, time_grid
+from dihal.spaces.base import Estimate, NoiseKey
+from dihal.types import Mask, PerPosition, State, Time, TokenIds
+from dihal.writing.context import Context
+from dihal.writing.draw import TokenNoise
+from dihal.writing.known import settled
+from dihal.writing.reader import Reader
+
+if TYPE_CHECKING:
+    from dihal.backbone import Backbone
+    from dihal.writer import Writer
+
+__all__ = ["Block", "BlockText", "branches_of", "estimates", "readout_weight"]
+
+
+def readout_weight(writing: WritingConfig) -> float:
+    """Weight of the suffix in log p."""
+    return {"own": 0.0, "suffix": 1.0, "fused": writing.suffix_weight}[writing.readout]
+
+
+def branches_of(guidance: float) -> tuple[str, ...]:
+    """Passes of the denoiser that one guided estimate takes."""
+    if guidance == 1.0:
+        return ("conditional",)
+    return ("unconditional",) if guidance == 0.0 else ("conditional", "unconditional")
+
+
+def estimates(writing: WritingConfig, space: str) -> int:
+    """Estimates that a walk asks for. `simplex` takes one a step: it renoises tokens and has no solver."""
+    return writing.steps if space == "simplex" else nfe(writing.sampler, writing.steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockText:
+    """What a block came to: its tokens, and those that each readout alone would have written (None: not compared)."""
+
+    tokens: TokenIds
+    own: TokenIds | None
+    suffix: TokenIds | None
+
+
+class Block:
+    """The columns that follow a context, while they are denoised.
+
+    Args:
+        writer: the method.
+        backbone: the frozen model.
+        context: what is written before.
+        writing: how to write.
+        tokens: of known and given positions; anything elsewhere.
+        known: state known. given: token known only. Tokens that continue the known ones without a gap become known.
+        keys: key of each position's random numbers.
+        banned: a token that is never written.
+        compare: also read by each readout alone, at the end.
+    """
+
+    def __init__(
+        self,
+        writer: Writer,
+        backbone: Backbone,
+        context: Context,
+        writing: WritingConfig,
+        *,
+        tokens: TokenIds,
+        known: Mask,
+        given: Mask,
+        keys: Int[Tensor, "batch time"],
+        banned: int | None,
+        compare: bool,
+    ) -> None:
+        self.writer, self.backbone, self.context, self.writing = writer, backbone, context, writing
+        self.space = writer.space
+        self.keys = keys
+        self.compare = compare
+        self.positions = context.positions(tokens.shape[1])
+        self.free = ~(known | given)
+        """Positions whose token is to be written; fixed, whatever is committed on the way."""
+        self.tokens = torch.where(self.free, 0, tokens)
+        self.committed = torch.zeros_like(known)
+        self.weight = readout_weight(writing)
+        self.commits = writing.commit == "confidence"
+        self.estimates = estimates(writing, writer.config.space)
+        self.step = 0
+        self.previous: Tensor | None = None
+        self.encoded: State | None = None
+        """h^split of the tokens read last; None before the first projection."""
+        self.clean: Tensor | None = None
+        """Their clean states in the space."""
+        drawn = max(writing.temperature, writing.temperature_start) > 0
+        noise = TokenNoise(writing.seed, keys, backbone.vocab_size, common=writing.common_noise) if drawn else None
+        self.meter = context.costs.meter
+        self.size = {"batch": tokens.shape[0], "new": tokens.shape[1]}
+        self.reader = Reader(self.space, backbone, noise=noise, banned=banned, meter=self.meter)
+        self._true: State | None = None
+        self._set_known(known, given)
+        if bool(self.known.any()):
+            self._true = context.states(self.tokens)
+            self.clean = self._encode(self._true)
+
+    def _set_known(self, known: Mask, given: Mask) -> None:
+        self.known = settled(known | given)
+        self.given = (known | given) & ~self.known
+        self.condition = self.writer.condition(self.backbone, self.tokens, self.positions)
+
+    def _encode(self, state: State | None) -> Tensor:
+        self.meter.space(self.space, "encode", **self.size)
+        return self.space.encode(self.backbone, self.tokens, position_ids=self.positions, state=state)
+
+    def temperature(self, t: float) -> float:
+        """Of tokens read at time t: linear between the ends."""
+        return self.writing.temperature + (self.writing.temperature_start - self.writing.temperature) * t
+
+    # -- what the solver calls
+
+    def estimate(self, noised: Tensor, t: Time) -> Estimate:
+        """Run the denoiser on the block."""
+        known = self.known[..., None]
+        level = torch.where(self.known, 0.0, t.float()[:, None])
+        free = self.space.network_input(noised, t)
+        previous = None if self.previous is None else self.previous.masked_fill(known, 0.0)
+        outputs = {}
+        for branch in self.context.branches:
+            inputs, drop = free, ~(self.known | self.given)
+            if branch == "unconditional":
+                inputs, drop = inputs.masked_fill(known, 0.0), torch.ones_like(drop)
+            elif self.clean is not None:
+                inputs = torch.where(known, self.space.known_input(self.clean), inputs)
+            outputs[branch] = self.context.denoise(branch, inputs, level, self.condition, drop, self.known, previous)
+        if len(outputs) == 1:
+            (out,) = outputs.values()
+        else:
+            # Guidance on the network's output: linear in it, so the same as on x0 (or on logits) at this z_t.
+            out = outputs["unconditional"].lerp(outputs["conditional"], self.writing.guidance)
+        found = self.space.interpret(self.writer.process, out, noised, t, self.positions)
+        conditioned = self.writer.denoiser.self_conditioned
+        self.meter.evaluation(self.space, **self.size, self_conditioned=conditioned)
+        if conditioned:
+            self.previous = self.space.feedback(self.backbone, found)
+        return found
+
+    def project(self, estimate: Estimate, t: float) -> TokenIds | None:
+        """Read tokens, encode them, commit some of them; return them where the solver is to be led to them."""
+        writing = self.writing
+        self.step += 1
+        active = writing.project > 0 and t <= writing.project_below
+        if self.step < writing.steps and not (active and writing.project == 1.0):
+            self.meter.space(self.space, "draw", **self.size)
+        if not (active or self.commits):
+            return None
+        (tokens,), confidence = self._read(estimate, [self.weight], self.temperature(t), self.step - 1)
+        self.tokens = tokens
+        if self.commits:
+            assert confidence is not None
+            self._commit(confidence)
+        self.encoded = self.context.states(self.tokens)
+        self.clean = self._encode(self.encoded)
+        if self.writer.config.known.reencoded > 0:
+            self.previous = self.space.known_input(self.clean)
+        return self.tokens if active else None
+
+    def encode(self, tokens: TokenIds) -> Tensor:
+        """Clean states of the tokens that :meth:`project` returned."""
+        assert tokens is self.tokens, "a walk encodes what it was told to project on"
+        assert self.clean is not None
+        return self.clean
+
+    # -- reading
+
+    def _read(
+        self, estimate: Estimate, weights: list[float], temperature: float, step: int
+    ) -> tuple[list[TokenIds], PerPosition | None]:
+        suffix = None
+        if any(weight > 0 for weight in weights):
+            suffix = self.context.features(self._states(estimate))
+        found, confidence = self.reader.read(
+            estimate.features,
+            suffix,
+            weights,
+            first=self.context.length == 0,
+            temperature=temperature,
+            step=step,
+            sure=self.commits,
+        )
+        open_ = self.free & ~self.committed
+        return [torch.where(open_, tokens, self.tokens) for tokens in found], confidence
+
+    def _states(self, estimate: Estimate) -> State:
+        if self.encoded is not None:
+            return self.encoded
+        states = self.space.hidden(self.backbone, estimate, self.positions)
+        self.meter.space(self.space, "hidden", **self.size)
+        return states if self._true is None else torch.where(self.known[..., None], self._true, states)
+
+    def _commit(self, confidence: PerPosition) -> None:
+        """Fix the surest tokens, so many that after the last evaluation all are.
+
+        The state of a fixed token is not known, because tokens before it may still change. So it is treated as text
+        after a gap: its embedding conditions the denoiser, its state goes on being denoised. Once all tokens before
+        it are fixed, too, its state is known, and it enters at t = 0 as any known position.
+        """
+        wanted = self.free.sum(-1) * self.step // self.estimates
+        sure = confidence.masked_fill(~self.free, -torch.inf).masked_fill(self.committed, torch.inf)
+        rank = sure.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+        self.committed = self.free & (rank < wanted[:, None])
+        fixed = ~self.free | self.committed
+        self._set_known(torch.zeros_like(fixed), fixed)
+
+    # -- the whole
+
+    def run(self) -> BlockText:
+        """Denoise the block and read it.
+
+        Raises:
+            UsageError: states or logits that are not numbers.
+        """
+        writing = self.writing
+        last = self.space.walk(
+            self.writer.process,
+            self.estimate,
+            self.project,
+            NoiseKey(seed=writing.seed, purpose="write", ids=self.keys),
+            (self.tokens.shape[0], self.tokens.shape[1]),
+            backbone=self.backbone,
+            times=time_grid(writing.steps),
+            sampler=writing.sampler,
+            weight=writing.project,
+            temperature=self.temperature,
+            encode=self.encode,
+        )
+        weights = [self.weight, *([0.0, 1.0] if self.compare else [])]
+        # What each readout alone would have written is asked of every free position, committed or not.
+        fixed, self.committed = self.committed, torch.zeros_like(self.committed)
+        (tokens, *alone), _ = self._read(last, weights, writing.temperature, self.estimates)
+        tokens = torch.where(fixed, self.tokens, tokens)
+        self.reader.check()
+        own, suffix = alone if self.compare else (None, None)
+        return BlockText(tokens=tokens, own=own, suffix=suffix)

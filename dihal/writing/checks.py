@@ -1,0 +1,131 @@
+"""Options of the regime `generate` that contradict each other."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dihal.config.method import MethodConfig
+from dihal.config.spaces import KnownConfig, WritingConfig
+from dihal.diffusion.samplers import SAMPLERS
+from dihal.errors import UsageError, unknown_name
+
+if TYPE_CHECKING:
+    from dihal.spaces.base import Space
+
+__all__ = ["check_generate", "check_known", "check_writing"]
+
+READOUTS = ("own", "suffix", "fused")
+
+
+def _share(name: str, value: float) -> None:
+    if not 0.0 <= value <= 1.0:
+        raise UsageError(f"{name} is {value}; it must be in [0, 1].")
+
+
+def check_known(config: KnownConfig, *, self_conditioning: float) -> None:
+    """Refuse impossible shares of known tokens.
+
+    Raises:
+        UsageError: naming the field.
+    """
+    if config.prefix_min < 0:
+        raise UsageError(f"method.known.prefix_min is {config.prefix_min}; it must not be negative.")
+    for name in ("prefix_max", "infill", "scattered", "reencoded"):
+        _share(f"method.known.{name}", getattr(config, name))
+    if config.infill + config.scattered > 1.0:
+        raise UsageError(
+            f"method.known.infill {config.infill} and .scattered {config.scattered} are shares of the sequences: "
+            "together they must not exceed 1."
+        )
+    if config.reencoded > 0 and self_conditioning == 0:
+        raise UsageError(
+            "method.known.reencoded feeds states back by self-conditioning: set method.denoiser.self_conditioning "
+            "above 0, or method.known.reencoded to 0."
+        )
+
+
+def check_writing(config: WritingConfig, *, condition_dropout: float, own: bool = True) -> None:
+    """Refuse impossible ways of writing.
+
+    Args:
+        config: how to write.
+        condition_dropout: of the training.
+        own: the own head was trained.
+
+    Raises:
+        UsageError: naming the field.
+    """
+    if config.steps < 1:
+        raise UsageError(f"writing.steps is {config.steps}; writing needs at least 1.")
+    if config.sampler not in SAMPLERS:
+        raise unknown_name("sampler", config.sampler, SAMPLERS)
+    if config.readout not in READOUTS:
+        raise unknown_name("readout", config.readout, READOUTS)
+    for name in ("suffix_weight", "project", "project_below"):
+        _share(f"writing.{name}", getattr(config, name))
+    for name in ("temperature", "temperature_start"):
+        if not getattr(config, name) >= 0:
+            raise UsageError(f"writing.{name} is {getattr(config, name)}; it must not be negative. 0 is greedy.")
+    if config.block is not None and config.block < 1:
+        raise UsageError(
+            f"writing.block is {config.block}; a block has at least 1 position. Leave it out for one block."
+        )
+    if config.guidance != 1.0 and condition_dropout == 0.0:
+        raise UsageError(
+            "writing.guidance needs method.objective.condition_dropout > 0 in training: without it the unconditional "
+            "estimate is never trained."
+        )
+    if not own and (config.readout != "suffix" or config.project > 0 or config.commit != "none"):
+        raise UsageError(
+            "the own head is not trained with method.objective.own and .read both 0. Set one of them above 0, or read "
+            "with writing.readout 'suffix', writing.project 0 and writing.commit 'none'."
+        )
+
+
+def check_generate(config: MethodConfig, space: Space) -> None:
+    """Refuse a method of the regime `generate` whose options contradict each other.
+
+    Raises:
+        UsageError: naming the options and what to set.
+    """
+    objective = config.objective
+    if config.regime != "generate":
+        raise UsageError(f"a Writer has the regime 'generate', not {config.regime!r}. Set method.regime to generate.")
+    if config.denoiser.mask != "mixed":
+        raise UsageError(
+            f"regime 'generate' needs method.denoiser.mask 'mixed', not {config.denoiser.mask!r}: unknown positions see "
+            "each other, and what is known must not depend on them."
+        )
+    check_known(config.known, self_conditioning=config.denoiser.self_conditioning)
+    check_writing(
+        config.writing,
+        condition_dropout=objective.condition_dropout,
+        own=not space.predicts_state or max(objective.own, objective.read) > 0,
+    )
+    weights = {n: getattr(objective, n) for n in ("state", "own", "read", "cross_entropy", "kl")}
+    if min(weights.values()) < 0:
+        raise UsageError(f"the weights of method.objective must not be negative; got {weights}.")
+    if space.predicts_state and max(objective.state, objective.own, objective.cross_entropy, objective.kl) == 0:
+        raise UsageError(
+            "no loss trains the denoiser: set method.objective.state (or .own, .cross_entropy, .kl) above 0."
+        )
+    if not space.predicts_state and objective.own == 0:
+        raise UsageError(
+            f"the space {config.space!r} is trained by the cross-entropy of its own head: set method.objective.own above 0."
+        )
+    if config.space == "embedding" and config.embedding.bound and max(objective.cross_entropy, objective.kl) > 0:
+        raise UsageError(
+            "method.embedding.bound replaces the other losses: set method.objective.cross_entropy and .kl to 0."
+        )
+    if config.lora.rank > 0 and objective.cross_entropy == objective.kl == 0.0:
+        raise UsageError(
+            "method.lora needs a loss read by the suffix: set method.objective.kl or .cross_entropy above 0, "
+            "or method.lora.rank to 0."
+        )
+    if objective.suffix_every < 1:
+        raise UsageError(f"method.objective.suffix_every is {objective.suffix_every}; it must be at least 1.")
+    for name, idle in (("corruption", 0.0), ("renaming", 0.0), ("metric", "channel")):
+        if getattr(objective, name) != idle:
+            raise UsageError(
+                f"method.objective.{name} belongs to the regime 'replace'. Set it to {idle!r} under 'generate'."
+            )
