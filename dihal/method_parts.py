@@ -17,7 +17,7 @@ from dihal.meter import Meter
 from dihal.nn.cache import DenoiserCache
 from dihal.random import uniform
 from dihal.spaces.recovery import Kernel, divergence, suffix_loss
-from dihal.types import Padding, State, TokenIds
+from dihal.types import Mask, Padding, State, TokenIds
 
 if TYPE_CHECKING:
     from dihal.backbone import Backbone
@@ -126,6 +126,8 @@ def check_method(config: MethodConfig) -> None:
         raise UsageError(f"method.objective.suffix_every is {config.objective.suffix_every}; it must be at least 1.")
     if not 0.0 <= config.objective.metric_floor <= 1.0:
         raise UsageError(f"method.objective.metric_floor is {config.objective.metric_floor}; it must be in [0, 1].")
+    if not 0.0 <= config.objective.hidden <= 0.5:
+        raise UsageError(f"method.objective.hidden is {config.objective.hidden}; it must be in [0, 0.5].")
     for name in ("corruption", "renaming"):
         share = getattr(config.objective, name)
         if not 0.0 <= share <= 0.5:
@@ -166,6 +168,13 @@ def corrupt(
         other = (vocab * uniform(seed, sample_ids, "corruption/token", (time,), dtype=torch.float64)).long()
         changed = torch.where(chosen, other, changed)
     return torch.cat([ids[:, :1], changed[:, 1:]], dim=1)
+
+
+def hide(sample_ids: Int[Tensor, " batch"], time: int, mean: float, seed: int) -> Mask:
+    """True for tokens that the bridge is not shown: a share uniform in [0, 2 ``mean``] per sequence; never the first."""
+    rate = 2 * mean * uniform(seed, sample_ids, "hidden/rate").unsqueeze(-1)
+    chosen = uniform(seed, sample_ids, "hidden/place", (time,)) < rate
+    return chosen & (torch.arange(time, device=chosen.device) > 0)
 
 
 def own_dtype(backbone: Backbone) -> torch.autocast:

@@ -70,7 +70,7 @@ class Method(nn.Module):
         self.condition_space = HiddenSpace(0, dim)
         self.process: Process = build_process(config.process)
         self.denoiser = DenoiserTransformer(config.denoiser, state_dim=dim, condition_dim=dim)
-        if config.objective.condition_dropout == 0.0:
+        if config.objective.condition_dropout == config.objective.hidden == 0.0:
             # No loss term reaches it: DDP would wait for its gradient, and a resumed optimiser for its state.
             self.denoiser.null_condition.requires_grad_(False)
         self.metric = build_metric(config.objective, dim)
@@ -146,7 +146,7 @@ class Method(nn.Module):
         *,
         attention_mask: Padding | None,
         cache: DenoiserCache | None = None,
-        drop: Bool[Tensor, " batch"] | None = None,
+        drop: Bool[Tensor, " batch"] | Mask | None = None,
         previous: State | None = None,
     ) -> tuple[State, State]:
         """Raw network output and the clean-state estimate it stands for."""
@@ -215,9 +215,10 @@ class Method(nn.Module):
         eps = normal(seed, batch.sample_ids, "noise", tuple(z.shape[1:]), device=z.device)
         # At noise_scale 0 nothing of z may leak through an alpha(1) that is not quite zero.
         z_t = self.noise_scale * self.process.noise(z, t, eps)
-        drop = None
+        drop = hide(batch.sample_ids, ids.shape[1], objective.hidden, seed) if objective.hidden > 0 else None
         if objective.condition_dropout > 0:
-            drop = uniform(seed, batch.sample_ids, "condition", device=z.device) < objective.condition_dropout
+            whole = uniform(seed, batch.sample_ids, "condition", device=z.device) < objective.condition_dropout
+            drop = whole if drop is None else drop | whole[:, None]
         previous = None
         if self.config.denoiser.self_conditioning > 0:
             with torch.no_grad():
@@ -264,6 +265,7 @@ class Method(nn.Module):
         seed: int | None = None,
         sample_ids: Int[Tensor, " batch"] | None = None,
         cache: SamplingCache | None = None,
+        hidden: Mask | None = None,
     ) -> State:
         """Draw h^l given the tokens, in the backbone's dtype.
 
@@ -276,6 +278,7 @@ class Method(nn.Module):
             sample_ids: key of each row's noise; default 0 for all rows, so that a row's result
                 does not depend on the batch it is in.
             cache: keys and values of earlier positions; extended in place.
+            hidden: tokens that the bridge is not shown; needs ``objective.hidden`` or ``condition_dropout`` in training.
 
         The noise at a position depends on (seed, sample id, position) only.
         """
@@ -285,6 +288,8 @@ class Method(nn.Module):
         seed = own.seed if seed is None else seed
         if self.noise_scale == 0.0 and steps != 1:
             raise UsageError(f"a regression method has one step, {steps} were asked for. Give steps 1.")
+        if hidden is not None and self.config.objective.hidden == self.config.objective.condition_dropout == 0.0:
+            raise UsageError("hidden= needs method.objective.hidden or .condition_dropout above 0 in training.")
         batch, time = input_ids.shape
         device = backbone.device
         if position_ids is None:
@@ -319,7 +324,7 @@ class Method(nn.Module):
 
         everyone = torch.ones(batch, dtype=torch.bool, device=device)
         estimator = guided(
-            lambda z_t, t: estimate(z_t, t, None), lambda z_t, t: estimate(z_t, t, everyone), own.guidance
+            lambda z_t, t: estimate(z_t, t, hidden), lambda z_t, t: estimate(z_t, t, everyone), own.guidance
         )
 
         def denoise(z_t: State, t: Time) -> State:

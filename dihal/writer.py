@@ -278,10 +278,10 @@ class Writer(nn.Module):
         if reads:
             assert state is not None
             how = {"every": objective.suffix_every if self.training else 1, "adapters": tuple(self.lora)}
-            with self.reading():
-                extra, found = suffix_terms(
-                    backbone, space, objective, batch, state, estimate, known, free, position_ids, **common, **how
-                )
+            how["reading"] = self.reading()
+            extra, found = suffix_terms(
+                backbone, space, objective, batch, state, estimate, known, free, position_ids, **common, **how
+            )
             total = total + extra
             terms |= found
         total = total + self._schedule_loss(t, per_sequence, terms)

@@ -102,6 +102,8 @@ class ObjectiveConfig:
     """A token whose normalised norm exceeds this multiple of sqrt(d) counts by its relative error instead."""
     condition_dropout: float = 0.0
     """Probability that a sequence is trained without its condition (classifier-free guidance)."""
+    hidden: float = 0.0
+    """`replace`: mean share of tokens that the bridge is not shown, per sequence uniform in [0, twice this]. The target stays the state of the whole text, which is then no function of the condition: there is a posterior to sample."""
     corruption: float = 0.0
     """Mean share of tokens replaced by random vocabulary entries, per sequence uniform in [0, twice this]. The targets are the backbone's own on the changed tokens, so they stay exact; not with `cross_entropy`."""
     renaming: float = 0.0

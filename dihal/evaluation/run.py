@@ -223,13 +223,7 @@ def _evaluate(config: EvalConfig, folder: Path, console: Console) -> list[Path]:
         if checkpoint.config.method.regime != "replace":
             raise UsageError(
                 f"checkpoint {str(checkpoint.path)!r} was trained under the regime {checkpoint.config.method.regime!r}: it "
-                "writes text and predicts no next token of a given one. Measure it with `dihal frontier`."
-            )
-    for checkpoint in checkpoints:
-        if checkpoint.config.method.regime != "replace":
-            raise UsageError(
-                f"checkpoint {str(checkpoint.path)!r} is of the regime {checkpoint.config.method.regime!r}: it has no "
-                "next-token distribution to measure. Use `dihal frontier`."
+                "writes text and has no next-token distribution to measure. Use `dihal frontier`."
             )
     backbone = _load_backbone(config, checkpoints)
     data = _data(config, checkpoints, backbone)

@@ -12,8 +12,7 @@ from dihal.spaces.base import Space
 from dihal.spaces.embedding import EmbeddingSpace
 from dihal.spaces.hidden_state import HiddenStateSpace
 from dihal.spaces.latent import LatentSpace
-from dihal.spaces.simplex import _RUN as NOISE_RUN
-from dihal.spaces.simplex import SimplexSpace
+from dihal.spaces.simplex import NOISE_RUN, SimplexSpace
 
 __all__ = ["OPERATIONS", "SPACE_COSTS", "Costs", "Operation", "layers_flops"]
 

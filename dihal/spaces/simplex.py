@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
-from torch import Tensor
+from torch import Tensor, nn
 
 from dihal.config.spaces import SimplexConfig
 from dihal.diffusion.process import Process
@@ -41,11 +41,11 @@ if TYPE_CHECKING:
     from dihal.backbone import Backbone
     from dihal.data.batch import Batch
 
-__all__ = ["SimplexSpace", "draw_nucleus"]
+__all__ = ["NOISE_RUN", "SimplexSpace", "draw_nucleus"]
 
 PositionIds = Int[Tensor, "batch time"]
 
-_RUN = 16
+NOISE_RUN = 16
 """Positions whose noise is drawn at once, from one seed."""
 
 
@@ -79,7 +79,7 @@ def draw_nucleus(
 
 def _runs(values: Shaped[Tensor, "batch time"]) -> Shaped[Tensor, "runs positions"]:
     """Cut every sequence into runs, the last one padded with zeros."""
-    return F.pad(values, (0, -values.shape[1] % _RUN)).reshape(-1, _RUN)
+    return F.pad(values, (0, -values.shape[1] % NOISE_RUN)).reshape(-1, NOISE_RUN)
 
 
 class SimplexSpace(Space):
@@ -115,6 +115,9 @@ class SimplexSpace(Space):
         self.chunk = chunk
         self.normaliser = HiddenSpace(split, dim)
         self.readout = OwnReadout(dim)
+        # The denoiser's head starts at zero; with a zero readout on top of it and no state error, no gradient would
+        # ever reach either. The first loss is log V all the same.
+        nn.init.normal_(self.readout.linear.weight, std=dim**-0.5)
         self.register_buffer("token_mean", torch.zeros(dim))
         self.register_buffer("token_std", torch.ones(dim))
         self._cached = TableCache()
@@ -176,11 +179,11 @@ class SimplexSpace(Space):
         # In runs; a run is drawn whole even where the sequence ends within it: noise must not depend on what follows.
         scale = _runs(height * sigma.float())
         marked = [(_runs(tokens), _runs(2 * height * alpha.float())) for tokens, alpha in vertices]
-        firsts = key.ids[:, ::_RUN].flatten().tolist()
+        firsts = key.ids[:, ::NOISE_RUN].flatten().tolist()
         generator = torch.Generator(device=table.device)
-        out = torch.empty(len(firsts), _RUN, table.shape[1], device=table.device)
-        several = max(1, self.chunk // _RUN)
-        buffer = torch.empty(min(several, len(firsts)), _RUN, len(table), device=table.device)
+        out = torch.empty(len(firsts), NOISE_RUN, table.shape[1], device=table.device)
+        several = max(1, self.chunk // NOISE_RUN)
+        buffer = torch.empty(min(several, len(firsts)), NOISE_RUN, len(table), device=table.device)
         for first in range(0, len(firsts), several):
             part = slice(first, min(first + several, len(firsts)))
             logits = buffer[: part.stop - first]

@@ -113,6 +113,11 @@ def check_generate(config: MethodConfig, space: Space) -> None:
         raise UsageError(
             f"the space {config.space!r} is trained by the cross-entropy of its own head: set method.objective.own above 0."
         )
+    if not space.predicts_state and objective.own_time != "uniform" and not config.embedding.bound:
+        raise UsageError(
+            f"the space {config.space!r} has no loss but method.objective.own, and own_time 'signal' takes it away wherever "
+            "there is noise: set method.objective.own_time to uniform."
+        )
     if config.space == "embedding" and config.embedding.bound and max(objective.cross_entropy, objective.kl) > 0:
         raise UsageError(
             "method.embedding.bound replaces the other losses: set method.objective.cross_entropy and .kl to 0."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import torch
@@ -273,6 +274,7 @@ def suffix_terms(
     every: int,
     kernel: Kernel,
     meter: Meter,
+    reading: AbstractContextManager[None],
     adapters: tuple[Tensor, ...],
 ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
     """Cross-entropy and KL of the next token, read by the frozen suffix from known true and unknown estimated states.
@@ -280,7 +282,7 @@ def suffix_terms(
     Only positions whose next token is to be written count. Averaged over those of the sequences read.
 
     Args:
-        backbone: its blocks from the split on, with adapters where they are active.
+        backbone: its blocks from the split on.
         space: turns the estimate into h^split.
         objective: weights of the terms.
         batch: the tokens.
@@ -292,7 +294,8 @@ def suffix_terms(
         every: only every so many-th sequence is read.
         kernel: see :func:`~dihal.spaces.recovery.suffix_loss`.
         meter: told what is run.
-        adapters: weights of the active adapters.
+        reading: scope in which the suffix reads the estimate, with its adapters; the teacher is the frozen suffix.
+        adapters: weights of the adapters that are active in it.
 
     Raises:
         UsageError: ``every`` does not divide the sequences.
@@ -315,7 +318,8 @@ def suffix_terms(
             with torch.no_grad():
                 teacher = backbone.suffix_features(state, space.split, **keywords).flatten(0, 1)[index]
         hidden = torch.where(known[..., None], state, space.hidden(backbone, estimate, positions).to(state.dtype))
-        features = backbone.suffix_features(hidden, space.split, **keywords).flatten(0, 1)[index]
+        with reading:
+            features = backbone.suffix_features(hidden, space.split, **keywords).flatten(0, 1)[index]
         loss = suffix_loss(
             features,
             batch.input_ids[rows].roll(-1, dims=1).flatten()[index],
@@ -326,10 +330,10 @@ def suffix_terms(
             chunk=size,
             kernel=kernel,
         )
-    sizes = {"batch": hidden.shape[0], "new": hidden.shape[1], "adapters": adapters}
+    sizes = {"batch": hidden.shape[0], "new": hidden.shape[1]}
     backward = features.requires_grad
     meter.space(space, "hidden", batch=hidden.shape[0], new=hidden.shape[1], backward=backward)
-    meter.suffix(space.split, **sizes, backward=backward)
+    meter.suffix(space.split, **sizes, adapters=adapters, backward=backward)
     meter.head(len(features), backward=backward)
     if teacher is not None:
         meter.suffix(space.split, **sizes, part="teacher_suffix")

@@ -52,7 +52,12 @@ LIBRARIES = {
     "tokenizers": {"backbone": "tokenizers of GGUF files"},
     "lightning": {"training": "the loop", "data.module": "the LightningDataModule"},
     "peft": {"lora": "the adapters"},
-    "matplotlib": {"geometry.figure": "the scores figure", "evaluation.plots": "the leaderboard figure", "evaluation.frontier.figure": "the frontier figure", "sweep.figure": "the sweep figure"},
+    "matplotlib": {
+        "geometry.figure": "the scores figure",
+        "evaluation.plots": "the leaderboard figure",
+        "evaluation.frontier.figure": "the frontier figure",
+        "sweep.figure": "the sweep figure",
+    },
     "wandb": {"training.logs": "a mirror"},
     "tensorboard": {"training.logs": "a mirror"},
     "datasets": {"data.sources": "Hugging Face data sets"},

@@ -194,7 +194,8 @@ def test_a_missing_file_is_found() -> None:
 
 def test_result_tables_are_what_the_result_files_say() -> None:
     spec = importlib.util.spec_from_file_location("readme_tables", ROOT / "benchmarks" / "readme.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     text = (ROOT / "README.md").read_text(encoding="utf-8")

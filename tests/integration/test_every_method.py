@@ -50,7 +50,7 @@ def generate(space: str, recovery: str, words: str = "", *, split: int = 2) -> C
     weights = {"own": "own 1.0 --method.objective.kl 0", "stack": "own 0.5 --method.objective.kl 1.0"}[recovery]
     shared = (
         f"--method.regime generate --method.space {space} --method.denoiser.mask mixed "
-        f"--method.denoiser.self_conditioning 0.5 --method.objective.{weights}"
+        f"--method.denoiser.self_conditioning 0.5 --method.objective.own_time uniform --method.objective.{weights}"
     )
     return Case(
         name=f"generate, {space}, {recovery} {words}", words=f"{shared} {words}", regime="generate", split=split

@@ -20,7 +20,7 @@ from tests.unit.test_meter import SHAPE, counted
 from tests.unit.test_methods import make_batch
 
 BATCH, TIME = 4, 48
-OBJECTIVE = ObjectiveConfig(state=1.0, own=0.5, read=0.2, condition_dropout=0.1)
+OBJECTIVE = ObjectiveConfig(state=1.0, own=0.5, own_time="uniform", read=0.2, condition_dropout=0.1)
 DENOISER = DenoiserConfig(width=64, depth=2, heads=4, mask="mixed", self_conditioning=0.5)
 SPACE = {
     "hidden": {"split": 2},

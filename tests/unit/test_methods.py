@@ -19,7 +19,7 @@ from dihal.config import (
 from dihal.controls import Embedding, Identity, MeanState
 from dihal.data import Batch
 from dihal.errors import UsageError
-from dihal.method_parts import corrupt
+from dihal.method_parts import corrupt, hide
 from dihal.methods import METHODS, build_method, positions_of
 from dihal.spaces.recovery import divergence
 from tests.kit import tiny_backbone
@@ -331,3 +331,23 @@ def test_the_teacher_of_the_kl_is_the_frozen_suffix_whatever_the_adapters_learne
     method.kernel = spy
     method.loss(backbone, batch, seed=0, step=0, batch_index=torch.arange(2), global_batch=2)
     torch.testing.assert_close(torch.cat(teachers), backbone.head(wanted).flatten(0, 1), rtol=1e-5, atol=1e-5)
+
+
+def test_hidden_tokens_are_not_seen() -> None:
+    backbone = tiny_backbone("llama")
+    batch = make_batch(3, 12)
+    method = build_method(config(objective=ObjectiveConfig(hidden=0.3)), backbone)
+    method.fit_normalisation(backbone, [batch])
+    randomise(method)
+    hidden = hide(batch.sample_ids, 12, 0.3, 0)
+    assert not hidden[:, 0].any()
+    assert hidden.any()
+    other = torch.where(hidden, (batch.input_ids + 7) % 97, batch.input_ids)
+    shown = method.states(backbone, batch.input_ids, hidden=hidden)
+    assert torch.equal(shown, method.states(backbone, other, hidden=hidden))
+    assert not torch.equal(shown, method.states(backbone, batch.input_ids))
+    out = method.loss(backbone, batch, seed=0, step=0, batch_index=torch.arange(3), global_batch=3)
+    out.total.backward()
+    assert method.denoiser.null_condition.grad.abs().max() > 0
+    with pytest.raises(UsageError, match="hidden= needs"):
+        build_method(config(), backbone).states(backbone, batch.input_ids, hidden=hidden)

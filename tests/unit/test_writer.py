@@ -605,6 +605,7 @@ def test_a_handful_of_sequences_is_learned_by_heart(space: str) -> None:
         ({"objective": ObjectiveConfig(state=0.0)}, "own head is not trained"),
         ({"objective": ObjectiveConfig(state=0.0, read=1.0)}, "no loss trains the denoiser"),
         ({"objective": ObjectiveConfig(own=-1.0, read=0.1)}, "must not be negative"),
+        ({"space": "simplex", "objective": ObjectiveConfig(own=1.0)}, "own_time to uniform"),
         ({"objective": ObjectiveConfig(own=1.0, corruption=0.1)}, "corruption belongs to the regime 'replace'"),
         ({"objective": ObjectiveConfig(own=1.0, metric="fisher")}, "metric belongs to the regime 'replace'"),
         ({"writing": WritingConfig(guidance=2.0), "objective": ObjectiveConfig(own=1.0)}, "condition_dropout > 0"),
