@@ -27,6 +27,7 @@ from dihal.method_parts import (
     SamplingCache,
     check_method,
     corrupt,
+    hide,
     metered,
     own_dtype,
     positions_of,

@@ -182,6 +182,7 @@ def test_a_writer_s_run_carries_its_ledger(make: Make, space: str) -> None:
         "method.split": SPACES[space],
         "method.denoiser.mask": "mixed",
         "method.objective.own": 0.5,
+        "method.objective.own_time": "uniform",
         "method.latent.dim": 8,
         "method.latent.hidden": 16,
         "method.latent.stage": 0.5,
