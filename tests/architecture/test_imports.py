@@ -62,6 +62,7 @@ LIBRARIES = {
     "tensorboard": {"training.logs": "a mirror"},
     "datasets": {"data.sources": "Hugging Face data sets"},
     "pyarrow": {"data.sources": "Parquet"},
+    "mauve": {"evaluation.frontier.distances": "MAUVE"},
     "jsonargparse": {"config": "command lines"},
 }
 ANNOTATIONS_ONLY = {("data.tokens", "transformers"), ("data.module", "transformers")}
