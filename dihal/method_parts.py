@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from dihal.config.method import MethodConfig
 from dihal.errors import UsageError
+from dihal.lora import Adapters
 from dihal.meter import Meter
 from dihal.nn.cache import DenoiserCache
 from dihal.random import uniform
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LossOutput",
+    "ReadBySuffix",
     "SamplingCache",
     "check_method",
     "corrupt",
@@ -86,6 +88,47 @@ class SamplingCache:
     def length(self) -> int:
         """Positions held."""
         return self.caches[0].length if self.caches else 0
+
+
+class ReadBySuffix(nn.Module):
+    """What methods of both regimes have beside their state space: a loss kernel, and adapters in the suffix that reads them.
+
+    Abstract: :class:`dihal.methods.Method` and :class:`dihal.writer.Writer` add ``config``, ``denoiser`` and ``split``.
+    """
+
+    config: MethodConfig
+    denoiser: DenoiserTransformer
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel: Kernel = divergence
+        """How losses are computed from logits; :meth:`compile_parts` replaces it by the compiled one."""
+        self.lora = nn.ParameterList()
+        """Weights of the adapters in the backbone's suffix; empty until :meth:`attach`."""
+        self._adapters: Adapters | None = None
+
+    def compile_parts(self) -> None:
+        """Compile the denoiser's blocks in place, and the loss read off the logits."""
+        for block in self.denoiser.blocks:
+            block.compile()
+        self.kernel = torch.compile(divergence, dynamic=False)
+
+    def attach(self, backbone: Backbone, *, trainable: bool = True) -> None:
+        """Inject the LoRA adapters into the backbone's suffix, if the configuration has any. Call it once."""
+        if self.config.lora.rank > 0 and self._adapters is None:
+            self._adapters = Adapters(backbone, self.config.lora, self.split, trainable=trainable)
+            self.lora = nn.ParameterList(self._adapters.parameters())
+
+    @property
+    def adapters(self) -> Adapters | None:
+        """The adapters of the suffix, if any."""
+        return self._adapters
+
+    def reading(self) -> AbstractContextManager[None]:
+        """Scope in which the backbone's suffix reads this method's states: with its adapters, if any."""
+        if self.config.lora.rank > 0 and self._adapters is None:
+            raise UsageError("this method has LoRA adapters: call attach(backbone) before its states are read.")
+        return nullcontext() if self._adapters is None else self._adapters.active(training=self.training)
 
 
 def check_method(config: MethodConfig) -> None:

@@ -6,14 +6,13 @@ the only place that tells one method from another.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from dihal.config.method import MethodConfig
 from dihal.diffusion.guidance import evaluations_per_estimate, guided
@@ -21,9 +20,9 @@ from dihal.diffusion.process import Process, build_process
 from dihal.diffusion.samplers import nfe, sample
 from dihal.diffusion.timesteps import sample_times
 from dihal.errors import UsageError, unknown_name
-from dihal.lora import Adapters
 from dihal.method_parts import (
     LossOutput,
+    ReadBySuffix,
     SamplingCache,
     check_method,
     corrupt,
@@ -38,7 +37,6 @@ from dihal.nn.transformer import DenoiserTransformer
 from dihal.random import normal, uniform
 from dihal.spaces.hidden import HiddenSpace
 from dihal.spaces.metric import FisherMetric, build_metric
-from dihal.spaces.recovery import Kernel, divergence
 from dihal.types import Mask, Padding, State, Time, TokenIds
 from dihal.writer import Writer
 
@@ -52,7 +50,7 @@ _MAX_POSITIONS = 1 << 20
 """Positions that a sampling-noise key leaves room for: key = sample id * this + position."""
 
 
-class Method(nn.Module):
+class Method(ReadBySuffix):
     """A trainable replacement of prefix(l). Holds no backbone: every call is given one.
 
     Args:
@@ -75,39 +73,11 @@ class Method(nn.Module):
             # No loss term reaches it: DDP would wait for its gradient, and a resumed optimiser for its state.
             self.denoiser.null_condition.requires_grad_(False)
         self.metric = build_metric(config.objective, dim)
-        self.kernel: Kernel = divergence
-        """How losses are computed from logits; :meth:`compile_parts` replaces it by the compiled one."""
-        self.lora = nn.ParameterList()
-        """Weights of the adapters in the backbone's suffix; empty until :meth:`attach`."""
-        self._adapters: Adapters | None = None
 
     @property
     def split(self) -> int:
         """Number of blocks replaced."""
         return self.space.split
-
-    def compile_parts(self) -> None:
-        """Compile the denoiser's blocks in place, and the loss read off the logits."""
-        for block in self.denoiser.blocks:
-            block.compile()
-        self.kernel = torch.compile(divergence, dynamic=False)
-
-    def attach(self, backbone: Backbone, *, trainable: bool = True) -> None:
-        """Inject the LoRA adapters into the backbone's suffix, if the configuration has any. Call it once."""
-        if self.config.lora.rank > 0 and self._adapters is None:
-            self._adapters = Adapters(backbone, self.config.lora, self.split, trainable=trainable)
-            self.lora = nn.ParameterList(self._adapters.parameters())
-
-    @property
-    def adapters(self) -> Adapters | None:
-        """The adapters of the suffix, if any."""
-        return self._adapters
-
-    def reading(self) -> contextlib.AbstractContextManager[None]:
-        """Scope in which the backbone's suffix reads this method's states: with its adapters, if any."""
-        if self.config.lora.rank > 0 and self._adapters is None:
-            raise UsageError("this method has LoRA adapters: call attach(backbone) before its states are read.")
-        return contextlib.nullcontext() if self._adapters is None else self._adapters.active(training=self.training)
 
     def new_cache(self, backbone: Backbone) -> SamplingCache:
         """An empty cache for :meth:`states`."""

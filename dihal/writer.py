@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -14,17 +13,14 @@ from dihal.config.method import MethodConfig
 from dihal.config.spaces import WritingConfig
 from dihal.diffusion.process import Process, build_process
 from dihal.diffusion.timesteps import sample_times
-from dihal.errors import UsageError
-from dihal.lora import Adapters
 from dihal.meter import Meter
-from dihal.method_parts import LossOutput, own_dtype, positions_of
+from dihal.method_parts import LossOutput, ReadBySuffix, own_dtype, positions_of
 from dihal.nn.transformer import DenoiserTransformer
 from dihal.random import uniform
 from dihal.spaces.base import Estimate, NoiseKey, Space
 from dihal.spaces.build import build_space
 from dihal.spaces.embedding import EmbeddingSpace
 from dihal.spaces.hidden import HiddenSpace
-from dihal.spaces.recovery import Kernel, divergence
 from dihal.types import Mask, Padding, State, Time, TokenIds
 from dihal.writing.checks import check_generate, check_writing
 from dihal.writing.known import draw_known, position_keys
@@ -39,7 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["Writer"]
 
 
-class Writer(nn.Module):
+class Writer(ReadBySuffix):
     """A denoiser that writes what follows (or lies between) known text. Holds no backbone: every call is given one.
 
     The end token is a token as any other: a model learns to write it, and no length is known beforehand.
@@ -72,41 +68,11 @@ class Writer(nn.Module):
         if self.space.predicts_state and objective.own == objective.read == 0.0 and self.space.stage_share() == 0.0:
             # No loss term reaches the own head: DDP would wait for its gradient, and a resumed optimiser for its state.
             self.space.requires_grad_(False)
-        self.kernel: Kernel = divergence
-        """How losses are computed from logits; :meth:`compile_parts` replaces it by the compiled one."""
-        self.lora = nn.ParameterList()
-        """Weights of the adapters in the backbone's suffix; empty until :meth:`attach`."""
-        self._adapters: Adapters | None = None
 
     @property
     def split(self) -> int:
         """Number of blocks whose output the states stand for."""
         return self.space.split
-
-    # -- parts beside the denoiser, as in dihal.methods.Method
-
-    def compile_parts(self) -> None:
-        """Compile the denoiser's blocks in place, and the loss read off the logits."""
-        for block in self.denoiser.blocks:
-            block.compile()
-        self.kernel = torch.compile(divergence, dynamic=False)
-
-    def attach(self, backbone: Backbone, *, trainable: bool = True) -> None:
-        """Inject the LoRA adapters into the backbone's suffix, if the configuration has any. Call it once."""
-        if self.config.lora.rank > 0 and self._adapters is None:
-            self._adapters = Adapters(backbone, self.config.lora, self.split, trainable=trainable)
-            self.lora = nn.ParameterList(self._adapters.parameters())
-
-    @property
-    def adapters(self) -> Adapters | None:
-        """The adapters of the suffix, if any."""
-        return self._adapters
-
-    def reading(self) -> contextlib.AbstractContextManager[None]:
-        """Scope in which the backbone's suffix reads this method's states: with its adapters, if any."""
-        if self.config.lora.rank > 0 and self._adapters is None:
-            raise UsageError("this method has LoRA adapters: call attach(backbone) before its states are read.")
-        return contextlib.nullcontext() if self._adapters is None else self._adapters.active(training=self.training)
 
     # -- before training, and between its stages
 

@@ -17,7 +17,7 @@ prior is not warmed up.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -29,8 +29,8 @@ from dihal.config.spaces import EmbeddingConfig
 from dihal.diffusion.process import Process, expand_time
 from dihal.diffusion.schedule import Schedule
 from dihal.errors import UsageError
-from dihal.spaces.base import Estimate, NoiseKey, Space
-from dihal.spaces.hidden_state import gaussian_noise, walk_states
+from dihal.spaces.base import Estimate, NoiseKey
+from dihal.spaces.hidden_state import VectorSpace, gaussian_noise
 from dihal.spaces.readout import TableCache, expected_rows, token_shares
 from dihal.spaces.recovery import suffix_loss
 from dihal.types import Mask, Padding, PerPosition, State, Time, TokenIds
@@ -78,7 +78,7 @@ def check_bound_schedule(schedule: Schedule) -> None:
         )
 
 
-class EmbeddingSpace(Space):
+class EmbeddingSpace(VectorSpace):
     """Token embeddings of one length; the network writes features of the tied softmax.
 
     Args:
@@ -216,34 +216,9 @@ class EmbeddingSpace(Space):
 
         return self._cached(backbone, "scale", (), make).float()
 
-    def walk(
-        self,
-        process: Process,
-        estimate: Callable[[Tensor, Time], Estimate],
-        project: Callable[[Estimate, float], Tensor | None],
-        start: NoiseKey,
-        shape: tuple[int, int],
-        *,
-        backbone: Backbone,
-        times: Sequence[float],
-        sampler: str,
-        weight: float,
-        temperature: Callable[[float], float],
-        encode: Callable[[TokenIds], Tensor] | None = None,
-    ) -> Estimate:
-        """Any solver of ``dihal.diffusion`` on the mean of the rows; ``temperature`` is not used."""
-        return walk_states(
-            process,
-            estimate,
-            lambda last: self.feedback(backbone, last),
-            project,
-            (lambda tokens: self.encode(backbone, tokens)) if encode is None else encode,
-            start,
-            self.input_dim,
-            times=times,
-            sampler=sampler,
-            weight=weight,
-        )
+    def clean_estimate(self, backbone: Backbone, estimate: Estimate) -> State:
+        """The mean of the rows."""
+        return self.feedback(backbone, estimate)
 
     def bound_terms(
         self,

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from dihal.backbone import Backbone
     from dihal.data.batch import Batch
 
-__all__ = ["HiddenStateSpace", "clean_state", "gaussian_noise", "split_states", "walk_states"]
+__all__ = ["HiddenStateSpace", "VectorSpace", "clean_state", "gaussian_noise", "split_states", "walk_states"]
 
 PositionIds = Int[Tensor, "batch time"]
 
@@ -118,7 +118,45 @@ def walk_states(
     return last
 
 
-class HiddenStateSpace(Space):
+class VectorSpace(Space):
+    """A space whose states are vectors: any solver of ``dihal.diffusion`` walks in it. Abstract."""
+
+    def clean_estimate(self, backbone: Backbone, estimate: Estimate) -> State:
+        """The clean state that an estimate stands for: the network's own, where it gives one."""
+        assert estimate.x0 is not None, "a space whose network gives no state says here what its estimates stand for"
+        return estimate.x0
+
+    def walk(
+        self,
+        process: Process,
+        estimate: Callable[[Tensor, Time], Estimate],
+        project: Callable[[Estimate, float], Tensor | None],
+        start: NoiseKey,
+        shape: tuple[int, int],
+        *,
+        backbone: Backbone,
+        times: Sequence[float],
+        sampler: str,
+        weight: float,
+        temperature: Callable[[float], float],
+        encode: Callable[[TokenIds], Tensor] | None = None,
+    ) -> Estimate:
+        """Any solver of ``dihal.diffusion``; ``temperature`` is not used, the caller's projection has it already."""
+        return walk_states(
+            process,
+            estimate,
+            lambda last: self.clean_estimate(backbone, last),
+            project,
+            (lambda tokens: self.encode(backbone, tokens)) if encode is None else encode,
+            start,
+            self.input_dim,
+            times=times,
+            sampler=sampler,
+            weight=weight,
+        )
+
+
+class HiddenStateSpace(VectorSpace):
     """h^l normalised per channel; the network writes in the process's parametrisation.
 
     Args:
@@ -188,32 +226,3 @@ class HiddenStateSpace(Space):
     def hidden(self, backbone: Backbone, estimate: Estimate, position_ids: PositionIds) -> State:
         """The estimate in the residual stream's own units."""
         return self.normaliser.denormalise(estimate.x0, position_ids).to(backbone.dtype)
-
-    def walk(
-        self,
-        process: Process,
-        estimate: Callable[[Tensor, Time], Estimate],
-        project: Callable[[Estimate, float], Tensor | None],
-        start: NoiseKey,
-        shape: tuple[int, int],
-        *,
-        backbone: Backbone,
-        times: Sequence[float],
-        sampler: str,
-        weight: float,
-        temperature: Callable[[float], float],
-        encode: Callable[[TokenIds], Tensor] | None = None,
-    ) -> Estimate:
-        """Any solver of ``dihal.diffusion``; ``temperature`` is not used, the caller's projection has it already."""
-        return walk_states(
-            process,
-            estimate,
-            lambda last: last.x0,
-            project,
-            (lambda tokens: self.encode(backbone, tokens)) if encode is None else encode,
-            start,
-            self.input_dim,
-            times=times,
-            sampler=sampler,
-            weight=weight,
-        )

@@ -14,7 +14,7 @@ from diffusion to the encoder is left out: its constants are not public.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,9 +27,9 @@ from dihal.diffusion.process import Process
 from dihal.diffusion.schedule import Schedule
 from dihal.errors import UsageError
 from dihal.random import normal, uniform
-from dihal.spaces.base import Estimate, NoiseKey, Space
+from dihal.spaces.base import Estimate, NoiseKey
 from dihal.spaces.hidden import HiddenSpace
-from dihal.spaces.hidden_state import clean_state, gaussian_noise, split_states, walk_states
+from dihal.spaces.hidden_state import VectorSpace, clean_state, gaussian_noise, split_states
 from dihal.spaces.readout import OwnReadout, head_logits
 from dihal.spaces.recovery import suffix_loss
 from dihal.types import Mask, Padding, State, Time, TokenIds
@@ -81,7 +81,7 @@ class TokenMap(nn.Module):
         return F.linear(x, a, b) + F.linear(F.gelu(F.linear(x, c, d)), e)
 
 
-class LatentSpace(Space):
+class LatentSpace(VectorSpace):
     """Compressed h^l; the network writes in the process's parametrisation.
 
     Args:
@@ -265,35 +265,6 @@ class LatentSpace(Space):
     def hidden(self, backbone: Backbone, estimate: Estimate, position_ids: PositionIds) -> State:
         """The decoded estimate in the residual stream's own units."""
         return self.normaliser.denormalise(self.decode(estimate.x0), position_ids).to(backbone.dtype)
-
-    def walk(
-        self,
-        process: Process,
-        estimate: Callable[[Tensor, Time], Estimate],
-        project: Callable[[Estimate, float], Tensor | None],
-        start: NoiseKey,
-        shape: tuple[int, int],
-        *,
-        backbone: Backbone,
-        times: Sequence[float],
-        sampler: str,
-        weight: float,
-        temperature: Callable[[float], float],
-        encode: Callable[[TokenIds], Tensor] | None = None,
-    ) -> Estimate:
-        """Any solver of ``dihal.diffusion``; ``temperature`` is not used."""
-        return walk_states(
-            process,
-            estimate,
-            lambda last: last.x0,
-            project,
-            (lambda tokens: self.encode(backbone, tokens)) if encode is None else encode,
-            start,
-            self.input_dim,
-            times=times,
-            sampler=sampler,
-            weight=weight,
-        )
 
 
 def _check(config: LatentConfig, schedule: Schedule, dim: int) -> None:
