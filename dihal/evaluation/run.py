@@ -13,18 +13,18 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dihal.config import BackboneConfig, DataConfig, EvalConfig
+from dihal.config import DataConfig, EvalConfig
 from dihal.errors import UsageError, unknown_name
 from dihal.evaluation.assemble import assemble, context_of
-from dihal.evaluation.checkpoints import load_trained, open_checkpoints, require_tokenizer
+from dihal.evaluation.checkpoints import load_trained, open_checkpoints
 from dihal.evaluation.definitions import METRIC_VERSION
 from dihal.evaluation.generation import Scorer, generate_row, pick_prompts, text_result
+from dihal.evaluation.inputs import open_backbone, open_scorer, open_text
 from dihal.evaluation.measure import Measured, measure
 from dihal.evaluation.ngram import NgramModel
 from dihal.evaluation.result import Comparable, Result, TextResult, read_result, write_result
 from dihal.evaluation.rows import NGRAMS, NO_SAMPLING, Row, build_rows, other_documents, unigram_log_probabilities
 from dihal.io import hash_json, output_dir
-from dihal.restore import require_checkpoint_backbone
 
 if TYPE_CHECKING:
     from dihal.backbone import Backbone
@@ -55,37 +55,11 @@ def _check(config: EvalConfig) -> None:
         raise UsageError("a scorer is given but samples is 0: nothing would be scored. Raise samples or drop scorer.")
 
 
-def _load_backbone(config: EvalConfig, checkpoints: list[Checkpoint]) -> Backbone:
-    from dihal.backbone import backbone_from_config
-
-    if config.backbone is not None:
-        chosen = config.backbone
-    else:
-        chosen = checkpoints[0].config.backbone if checkpoints else BackboneConfig()
-    backbone = backbone_from_config(chosen)
-    for checkpoint in checkpoints:
-        require_checkpoint_backbone(checkpoint, backbone)
-        require_tokenizer(checkpoint, backbone)
-    return backbone
-
-
 def _data(config: EvalConfig, checkpoints: list[Checkpoint], backbone: Backbone) -> TextDataModule:
-    from dihal.data.module import TextDataModule
-
-    def module(data: DataConfig) -> TextDataModule:
-        return TextDataModule(
-            data,
-            tokenizer=backbone.tokenizer,
-            tokenizer_fingerprint=backbone.tokenizer_fingerprint,
-            start_token_id=backbone.start_token_id,
-            end_token_id=backbone.end_token_id,
-            progress=True,
-        )
-
     if config.data is not None:
-        chosen = module(config.data)
+        chosen = open_text(config.data, backbone)
     else:
-        chosen = module(checkpoints[0].config.data if checkpoints else DataConfig())
+        chosen = open_text(checkpoints[0].config.data if checkpoints else DataConfig(), backbone)
     for checkpoint in checkpoints:
         trained_on = checkpoint.manifest["data_fingerprint"]
         found = chosen.fingerprint()
@@ -98,7 +72,7 @@ def _data(config: EvalConfig, checkpoints: list[Checkpoint], backbone: Backbone)
                 f"{found[field][:16]}, the checkpoint says {trained_on[field][:16]}. Restore the text, or name another "
                 "with `data`."
             )
-        _require_unseen(chosen, module(checkpoint.config.data), checkpoint)
+        _require_unseen(chosen, open_text(checkpoint.config.data, backbone), checkpoint)
     return chosen
 
 
@@ -195,11 +169,7 @@ def _rows(
 
 
 def _scorer(config: EvalConfig, backbone: Backbone) -> Scorer:
-    if config.scorer is None:
-        return Scorer(backbone, backbone)
-    from dihal.backbone import load_backbone
-
-    return Scorer(load_backbone(config.scorer, dtype="float32", device=str(backbone.device)), backbone)
+    return Scorer(open_scorer(config.scorer, backbone), backbone)
 
 
 def evaluate(config: EvalConfig, *, console: Console | None = None) -> list[Path]:
@@ -225,7 +195,7 @@ def _evaluate(config: EvalConfig, folder: Path, console: Console) -> list[Path]:
                 f"checkpoint {str(checkpoint.path)!r} was trained under the regime {checkpoint.config.method.regime!r}: it "
                 "writes text and has no next-token distribution to measure. Use `dihal frontier`."
             )
-    backbone = _load_backbone(config, checkpoints)
+    backbone = open_backbone(config.backbone, checkpoints)
     data = _data(config, checkpoints, backbone)
     windows = data.evaluation_windows(
         tokens=config.tokens, windows_per_document=config.windows_per_document, seed=config.seed

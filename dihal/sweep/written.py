@@ -14,11 +14,11 @@ from jaxtyping import Float
 from dihal.config.sweep import SweepConfig
 from dihal.errors import UsageError
 from dihal.evaluation.frontier.curve import at_entropy
-from dihal.evaluation.frontier.inputs import open_scorer
 from dihal.evaluation.frontier.prompts import Chosen, choose_prompts
 from dihal.evaluation.frontier.scoring import Grader
 from dihal.evaluation.frontier.sources import WriterSource
 from dihal.evaluation.frontier.variants import Variant, parse_variant
+from dihal.evaluation.inputs import open_scorer
 from dihal.evaluation.text import unigram_entropy
 from dihal.restore import restore_method
 

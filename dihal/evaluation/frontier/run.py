@@ -16,7 +16,6 @@ from dihal.evaluation.checkpoints import load_trained, open_checkpoints
 from dihal.evaluation.frontier.assemble import Yardstick, per_sample, resample_weights, set_metrics, with_intervals
 from dihal.evaluation.frontier.board import require_comparable
 from dihal.evaluation.frontier.definitions import FRONTIER_VERSION, METRICS, SCORE_TYPE, SET_METRICS
-from dihal.evaluation.frontier.inputs import open_backbone, open_data, open_scorer
 from dihal.evaluation.frontier.plan import NO_STEPS, PlannedRow, plan_rows, row_hash, targets
 from dihal.evaluation.frontier.prompts import Chosen, choose_prompts
 from dihal.evaluation.frontier.result import SCHEMA, Comparable, FrontierRow, Point, read_row, write_row
@@ -24,6 +23,7 @@ from dihal.evaluation.frontier.scoring import Grader
 from dihal.evaluation.frontier.sources import Made, WritingCost, writing_cost
 from dihal.evaluation.frontier.statistics import TrainingGrams
 from dihal.evaluation.generation import SEPARATOR
+from dihal.evaluation.inputs import open_backbone, open_data, open_scorer
 from dihal.io import hash_json, output_dir
 from dihal.provenance import provenance
 

@@ -93,7 +93,7 @@ def test_every_row_has_every_point(rows):
 
 def chosen_prompts(rows, backbone, config, root):
     """The prompts once more, from the data."""
-    from dihal.evaluation.frontier.inputs import open_data
+    from dihal.evaluation.inputs import open_data
 
     data, _ = open_data(train_config(root).data, [], backbone)
     windows = data.evaluation_windows(seed=config.seed)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from dihal.checkpoint import Checkpoint
     from dihal.data.module import TextDataModule
 
-__all__ = ["open_backbone", "open_data", "open_scorer"]
+__all__ = ["open_backbone", "open_data", "open_scorer", "open_text"]
 
 
 def open_backbone(chosen: BackboneConfig | None, checkpoints: list[Checkpoint]) -> Backbone:
@@ -34,7 +34,8 @@ def open_backbone(chosen: BackboneConfig | None, checkpoints: list[Checkpoint]) 
     return backbone
 
 
-def _module(data: DataConfig, backbone: Backbone) -> TextDataModule:
+def open_text(data: DataConfig, backbone: Backbone) -> TextDataModule:
+    """Text as the backbone reads it."""
     from dihal.data.module import TextDataModule
 
     return TextDataModule(
@@ -60,7 +61,7 @@ def open_data(
     """
     if chosen is None:
         chosen = checkpoints[0].config.data if checkpoints else DataConfig()
-    data = _module(chosen, backbone)
+    data = open_text(chosen, backbone)
     trained = data
     for checkpoint in checkpoints:
         wanted, first = (item.manifest["data_fingerprint"]["train"] for item in (checkpoint, checkpoints[0]))
@@ -71,7 +72,7 @@ def open_data(
             )
     if checkpoints:
         wanted = checkpoints[0].manifest["data_fingerprint"]
-        trained = data if data.fingerprint() == wanted else _module(checkpoints[0].config.data, backbone)
+        trained = data if data.fingerprint() == wanted else open_text(checkpoints[0].config.data, backbone)
         found = trained.fingerprint()
         changed = [name for name in ("validation", "train") if found[name] != wanted[name]]
         if changed:
