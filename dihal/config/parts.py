@@ -51,8 +51,14 @@ class DataConfig:
     """Share of training sequences put together from spans of text from random places; more contexts from the same text."""
     splice_length: int = 32
     """Mean tokens of such a span."""
+    own: float = 0.0
+    """Share of training sequences put together from text that the backbone writes itself, each span after a random token; written once, into the cache."""
+    own_tokens: int = 8_388_608
+    """Tokens of such text."""
+    own_length: int = 32
+    """Tokens of such a span."""
     seed: int = 0
-    """Seed of the sequence order and of spliced places."""
+    """Seed of the sequence order, of spliced places and of the backbone's own text."""
     max_documents: int | None = None
     """Use only the first documents of the source; None: all."""
     workers: int = 0

@@ -145,6 +145,7 @@ class TextDataModule(L.LightningDataModule):
             seed=self.config.seed,
             splice=self.config.splice,
             splice_length=self.config.splice_length,
+            own=self.config.own,
         )
 
     def evaluation_windows(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Int, Int64
+from jaxtyping import Int, Int64, UInt32
 from torch import Tensor
 
 from dihal.data.batch import Batch
@@ -43,6 +43,7 @@ class PackedStream:
         seed: int,
         splice: float = 0.0,
         splice_length: int = 32,
+        own: float = 0.0,
     ) -> None:
         """Join the documents.
 
@@ -54,6 +55,7 @@ class PackedStream:
             seed: key of the order of windows, of the offsets and of spliced places.
             splice: share of windows whose tokens, but for a first span, come from random places of the stream.
             splice_length: mean tokens of a span (geometric lengths).
+            own: share of windows made of the spans in `own_spans` (to be set before the first batch).
 
         Raises:
             UsageError: the text is shorter than one window, or options out of range.
@@ -62,7 +64,11 @@ class PackedStream:
             raise UsageError(
                 f"data.splice is a share in [0, 1] and data.splice_length at least 1; got {splice} and {splice_length}."
             )
-        self.splice, self.splice_length = splice, splice_length
+        if not 0.0 <= own <= 1.0:
+            raise UsageError(f"data.own is a share in [0, 1], not {own}.")
+        self.splice, self.splice_length, self.own = splice, splice_length, own
+        self.own_spans: UInt32[np.ndarray, "spans length"] | None = None
+        """The backbone's own text, one span a row."""
         _check_length(sequence_length)
         tokens, ends = documents.tokens, documents.ends
         if end_token_id is not None:
@@ -110,6 +116,24 @@ class PackedStream:
             places[row] = (places[row] + shifts[span]) % len(self._tokens)
         return places
 
+    def _replace_by_own(
+        self, ids: np.ndarray, owners: np.ndarray, follows: np.ndarray, sample_ids: Int64[np.ndarray, "batch"]
+    ) -> None:
+        """Overwrite some sequences by spans of the backbone's own text, keyed by sample."""
+        assert self.own_spans is not None, "data.own is set, but nobody gave the stream its own_spans"
+        spans, length = self.own_spans.shape
+        count = -(-self.body // length)
+        inside = np.arange(1, self.body + 1) % length != 0
+        inside[-1] = False
+        for row, sample in enumerate(sample_ids.tolist()):
+            generator = np.random.Generator(np.random.Philox(key=[draw(1 << 64, "own", self.seed, sample), 0]))
+            if generator.random() >= self.own:
+                continue
+            chosen = generator.integers(0, spans, count)
+            ids[row] = self.own_spans[chosen].reshape(-1)[: self.body]
+            owners[row] = len(self._ends) + np.repeat(chosen, length)[: self.body]
+            follows[row] = inside
+
     def batch(self, sample_ids: Int64[np.ndarray, "batch"]) -> Batch:
         """Return the sequences of the given samples of the run."""
         places = self.positions(*sample_order(sample_ids, self.windows, self.seed))
@@ -122,6 +146,8 @@ class PackedStream:
         follows = places + 1 != self._ends[owners]
         follows[:, :-1] &= places[:, 1:] == (places[:, :-1] + 1) % len(self._tokens)
         follows[:, -1] = False
+        if self.own > 0:
+            self._replace_by_own(ids, owners, follows, sample_ids)
         if self._start is not None:
             ids = np.insert(ids, 0, self._start, axis=1)
             owners = np.insert(owners, 0, owners[:, 0], axis=1)

@@ -27,6 +27,7 @@ from dihal.training.callbacks import RunCallback
 from dihal.training.ledger import preparation
 from dihal.training.logs import Record, build_mirrors, write_csv
 from dihal.training.module import BridgeModule
+from dihal.training.own_text import own_text, own_text_flops
 from dihal.training.plan import flops_per_token, parameters, print_plan, require_affordable
 from dihal.training.progress import TrainingProgress
 from dihal.training.resume import check_resume, resume_notes
@@ -91,6 +92,9 @@ def train(config: TrainConfig, *, backbone: Backbone | None = None) -> Path:
         progress=first and config.log.progress,
     )
     data.setup()
+    if config.data.own > 0:
+        shown = first and config.log.progress
+        data.stream.own_spans = own_text(backbone, config.data, write=trainer.local_rank == 0, progress=shown)
     manifest = _manifest(backbone, data, config.method)
     progress = TrainingProgress(first and config.log.progress, plan.steps)
     spent = Spent()
@@ -123,6 +127,8 @@ def train(config: TrainConfig, *, backbone: Backbone | None = None) -> Path:
             processes=trainer.world_size,
         )
     )
+    if config.data.own > 0 and checkpoint is None:
+        spent.add_flops({"preparation": own_text_flops(backbone, config.data)})
     step = sum(flops_per_token(config, backbone, method).values()) * plan.tokens_per_step
     require_affordable(plan, spent, step)
     module = BridgeModule(

@@ -259,3 +259,25 @@ def test_spliced_windows_are_spans_of_text_keyed_by_sample():
 def test_splice_out_of_range_is_refused():
     with pytest.raises(UsageError, match=r"data\.splice"):
         PackedStream(_tokenised((50,)), sequence_length=9, start_token_id=START, end_token_id=END, seed=0, splice=1.5)
+
+
+def test_own_text_replaces_a_share_of_the_sequences_and_leaves_the_others() -> None:
+    tokens = np.arange(1000, dtype=np.uint32)
+    documents = Tokenised(tokens=tokens, ends=np.array([1000]), token_bytes=np.ones(1000, dtype=np.uint32))
+    options = {"sequence_length": 20, "start_token_id": 5000, "end_token_id": None, "seed": 3}
+    plain, mixed = PackedStream(documents, **options), PackedStream(documents, **options, own=0.4)
+    mixed.own_spans = (10_000 + np.arange(700, dtype=np.uint32)).reshape(100, 7)
+    samples = np.arange(400)
+    batch, reference = mixed.batch(samples), plain.batch(samples)
+    own = batch.input_ids[:, 1] >= 10_000
+    assert 120 < int(own.sum()) < 200
+    assert torch.equal(batch.input_ids[~own], reference.input_ids[~own])
+    assert torch.equal(batch.loss_mask[~own], reference.loss_mask[~own])
+    ids = batch.input_ids[own][:, 1:]
+    assert bool((ids >= 10_000).all())
+    starts = ids[:, ::7]
+    assert bool(((starts - 10_000) % 7 == 0).all())
+    inner = batch.loss_mask[own][:, 1:-1]
+    assert torch.equal(inner, (ids[:, 1:] == ids[:, :-1] + 1) & ((ids[:, 1:] - 10_000) % 7 != 0))
+    assert not bool(batch.loss_mask[own][:, -1].any())
+    assert torch.equal(mixed.batch(samples[7:9]).input_ids, batch.input_ids[7:9])
