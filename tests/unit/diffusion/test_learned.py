@@ -172,3 +172,14 @@ def test_tan_is_the_cosine_with_more_noise():
     assert Tan(5.0).sigma(ends).tolist() == [0.0, 1.0]
     torch.testing.assert_close(Tan(1.0).alpha(GRID), Cosine().alpha(GRID))
     assert Process(Tan(5.0)).parametrisation == "x0"
+
+
+def test_a_schedule_without_a_loss_to_fit_does_not_run_away() -> None:
+    from dihal.diffusion.learned import LearnedGumbel
+
+    schedule = LearnedGumbel(4.4, 0.6)
+    for raw in ([1e3, 1e3], [-1e3, -1e3], [-1e3, 1e3]):
+        schedule.raw.data = torch.tensor(raw)
+        ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
+        assert bool((schedule.sigma(ends) > 0).all()), raw
+        assert bool((schedule.alpha(ends) > 0).all()), raw

@@ -1,0 +1,153 @@
+"""Run a list of commands over the GPUs of a machine, the finished ones left out.
+
+    python benchmarks/jobs.py benchmarks/comparison.yaml [--gpus 2] [--seconds 1500] [--only NAME ...] [--set KEY=VALUE ...]
+
+The file is a mapping of job names, each with `run` (a command line, or a list of them), `done` (a file that exists when
+the job is finished) and, if it needs others, `after` (their names). Jobs start in the order of the file, one per GPU,
+as soon as what they need is there; `seconds` (expected) keeps a job from starting when less time is left. `{name}` and
+whatever `--set` gives are put into the commands. Output goes to runs/jobs/NAME.log. A table at the end says what is
+done, failed, skipped and why; the exit status is that of the worst.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parent.parent
+LOGS = Path("runs") / "jobs"
+
+
+@dataclass
+class Job:
+    """One entry of the file, and what became of it."""
+
+    name: str
+    run: list[str]
+    done: Path
+    after: tuple[str, ...] = ()
+    seconds: float = 0.0
+    state: str = "waiting"
+    took: float = field(default=0.0)
+
+    @property
+    def finished(self) -> bool:
+        """Its result is there, from this run or an earlier one."""
+        return self.done.exists()
+
+
+def read_jobs(path: Path, values: dict[str, str]) -> list[Job]:
+    """The jobs of a file, with values put into their text.
+
+    Raises:
+        SystemExit: an unknown field, a missing one, an unknown name in `after`, or a value not given.
+    """
+    jobs: list[Job] = []
+    for name, entry in yaml.safe_load(path.read_text(encoding="utf-8")).items():
+        unknown = set(entry) - {"run", "done", "after", "seconds"}
+        if unknown or not {"run", "done"} <= set(entry):
+            sys.exit(f"{path}: job {name!r} has run and done, and may have after and seconds; found {sorted(entry)}.")
+        lines = [entry["run"]] if isinstance(entry["run"], str) else entry["run"]
+        try:
+            lines, done = (
+                [line.format(name=name, **values) for line in lines],
+                entry["done"].format(name=name, **values),
+            )
+        except KeyError as error:
+            sys.exit(f"{path}: job {name!r} needs --set {error.args[0]}=...")
+        after = tuple(entry.get("after", ()))
+        missing = set(after) - {job.name for job in jobs}
+        if missing:
+            sys.exit(f"{path}: job {name!r} comes after {sorted(missing)}, which do not stand before it.")
+        jobs.append(Job(name=name, run=lines, done=Path(done), after=after, seconds=float(entry.get("seconds", 0))))
+    return jobs
+
+
+def _command(lines: list[str]) -> list[str]:
+    # "dihal ..." and "python ..." mean this interpreter and this checkout, wherever the package is installed.
+    own = {"dihal": [sys.executable, "-m", "dihal"], "python": [sys.executable]}
+    words = [shlex.split(line) for line in lines]
+    return ["bash", "-c", " && ".join(shlex.join([*own.get(line[0], line[:1]), *line[1:]]) for line in words)]
+
+
+def run(jobs: list[Job], *, gpus: int, seconds: float, console: Console) -> None:
+    """Run until nothing is left that may start."""
+    begin = time.monotonic()
+    running: dict[int, tuple[Job, Any, Any, float]] = {}
+    by_name = {job.name: job for job in jobs}
+    LOGS.mkdir(parents=True, exist_ok=True)
+    for job in jobs:
+        if job.finished:
+            job.state = "done before"
+    while True:
+        for gpu, (job, process, log, started) in list(running.items()):
+            if process.poll() is None:
+                continue
+            log.close()
+            del running[gpu]
+            job.took = time.monotonic() - started
+            job.state = "done" if process.returncode == 0 and job.finished else f"failed ({process.returncode})"
+            console.print(f"{time.monotonic() - begin:6.0f} s  {job.state}: {job.name} ({job.took:.0f} s)")
+        for job in jobs:
+            if job.state != "waiting" or len(running) == gpus:
+                continue
+            needed = [by_name[name] for name in job.after]
+            if any(other.state.startswith(("failed", "not started")) for other in needed):
+                job.state = "not started: what it needs failed"
+            elif all(other.finished and other.state.startswith("done") for other in needed):
+                if time.monotonic() - begin + job.seconds > seconds:
+                    job.state = "not started: too little time"
+                    continue
+                gpu = next(number for number in range(gpus) if number not in running)
+                log = (LOGS / f"{job.name}.log").open("w", encoding="utf-8")
+                environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu), "PYTHONUNBUFFERED": "1"}
+                process = subprocess.Popen(_command(job.run), stdout=log, stderr=subprocess.STDOUT, env=environment)
+                running[gpu], job.state = (job, process, log, time.monotonic()), "running"
+        if not running:
+            break
+        time.sleep(0.5)
+
+
+def main() -> None:
+    """Read the file, run, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--gpus", type=int, default=1, help="jobs at once, one per GPU")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="no job starts that would not end in time")
+    parser.add_argument("--only", nargs="*", help="these jobs and what they need")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE")
+    arguments = parser.parse_args()
+    values = dict(item.split("=", 1) for item in arguments.set)
+    jobs = read_jobs(arguments.file, values)
+    if arguments.only:
+        by_name = {job.name: job for job in jobs}
+        wanted, queue = set(), list(arguments.only)
+        while queue:
+            name = queue.pop()
+            if name not in by_name:
+                sys.exit(f"{arguments.file} has no job {name!r}; it has: {', '.join(by_name)}.")
+            wanted.add(name)
+            queue.extend(by_name[name].after)
+        jobs = [job for job in jobs if job.name in wanted]
+    console = Console()
+    run(jobs, gpus=arguments.gpus, seconds=arguments.seconds, console=console)
+    table = Table("job", "state", "seconds", "result")
+    for job in jobs:
+        table.add_row(job.name, job.state, f"{job.took:.0f}" if job.took else "", str(job.done))
+    console.print(table)
+    sys.exit(any(not job.state.startswith("done") for job in jobs))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""The queue of benchmarks/jobs.py."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).parents[2]
+
+
+def queue(folder: Path, jobs: dict, *options: str) -> subprocess.CompletedProcess[str]:
+    (folder / "jobs.yaml").write_text(yaml.safe_dump(jobs, sort_keys=False))
+    command = [sys.executable, str(ROOT / "benchmarks" / "jobs.py"), "jobs.yaml", *options]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+
+def touch(name: str, **more) -> dict:
+    return {"run": ["sleep 0.1", f"touch {name}"], "done": name, **more}
+
+
+def test_order_failures_and_a_second_call(tmp_path: Path) -> None:
+    jobs = {
+        "a": touch("a.out"),
+        "b": {"run": "false", "done": "b.out"},
+        "c": touch("c.out", after=["b"]),
+        "d": {"run": "cp a.out d.out", "done": "d.out", "after": ["a"]},
+        "e": {"run": "true", "done": "never"},
+    }
+    first = queue(tmp_path, jobs, "--gpus", "2")
+    assert first.returncode == 1
+    assert (tmp_path / "d.out").exists()
+    assert not (tmp_path / "c.out").exists()
+    assert "what it needs failed" in first.stdout
+    assert "failed (0)" in first.stdout  # ended well, but without its result
+    jobs["b"] = touch("b.out")
+    del jobs["e"]
+    second = queue(tmp_path, jobs)
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert second.stdout.count("done before") == 2
+
+
+def test_time_values_and_selection(tmp_path: Path) -> None:
+    jobs = {"a": touch("{where}"), "long": touch("long.out", seconds=100), "z": touch("z.out")}
+    found = queue(tmp_path, jobs, "--seconds", "50", "--set", "where=x.out", "--only", "a", "long")
+    assert found.returncode == 1
+    assert (tmp_path / "x.out").exists()
+    assert not (tmp_path / "z.out").exists()
+    assert "too little time" in found.stdout
+    assert "--set where=" in queue(tmp_path, jobs).stderr
+
+
+def test_the_shipped_file_reads_and_names_configurations_that_exist() -> None:
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        from jobs import read_jobs
+    finally:
+        sys.path.pop(0)
+    jobs = read_jobs(ROOT / "benchmarks" / "comparison.yaml", {"docs": "docs.jsonl.gz"})
+    assert len(jobs) > 10
+    words = {word for job in jobs for line in job.run for word in line.split()}
+    files = {word for word in words if word.startswith(("configs/", "benchmarks/"))}
+    assert files
+    assert [file for file in files if not (ROOT / file).exists()] == []
