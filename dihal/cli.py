@@ -1,4 +1,4 @@
-"""The command line: `dihal score | train | evaluate | leaderboard | generate | sweep | frontier`.
+"""The command line: `dihal score | train | evaluate | leaderboard | generate | sweep | frontier | circuits`.
 
 Each command is a configuration dataclass and a function of it; the same options exist from Python.
 A :class:`~dihal.errors.UsageError` becomes one message on standard error and exit status 2; anything
@@ -14,6 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from dihal.config import (
+    CircuitsCompareConfig,
+    CircuitsHybridConfig,
+    CircuitsPlotConfig,
+    CircuitsRunConfig,
+    CircuitsSelftestConfig,
     EvalConfig,
     FrontierConfig,
     GenerateConfig,
@@ -30,16 +35,12 @@ __all__ = ["COMMANDS", "main", "run_command"]
 def _score(config: ScoreRunConfig) -> None:
     from rich.console import Console
 
-    from dihal.backbone import backbone_from_config
-    from dihal.data import read_documents, split_documents
-    from dihal.geometry import score_layers
-    from dihal.io import output_dir
+    from dihal.geometry.command import run_score
 
-    with output_dir(config.out):
-        train, _ = split_documents(read_documents(config.data), config.data)
-        backbone = backbone_from_config(config.backbone)
-        report = score_layers(backbone, [document.text for document in train], config.score, progress=True)
-        folder = report.save(config.out)
+    done = run_score(config)
+    if done is None:
+        return  # another process than the first
+    report, folder = done
     console = Console()
     console.print(report.table(console.width))
     console.print(
@@ -58,7 +59,8 @@ def _train(config: TrainConfig) -> None:
 
 
 def _first_process() -> bool:
-    return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
+    names = ("RANK", "SLURM_PROCID", "LOCAL_RANK")  # torchrun, srun, Lightning
+    return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
 
 
 def _evaluate(config: EvalConfig) -> None:
@@ -109,16 +111,18 @@ def _generate(config: GenerateConfig) -> None:
 
     from dihal.backbone import backbone_from_config
     from dihal.hybrid import load_hybrid
+    from dihal.masked import MaskedLM
     from dihal.restore import is_checkpoint, load_method
     from dihal.writer import Writer
 
+    writers = (Writer, MaskedLM)
     if not config.checkpoint or not config.prompt:
         raise UsageError("dihal generate needs --checkpoint FOLDER and --prompt TEXT.")
     backbone = None if config.backbone is None else backbone_from_config(config.backbone)
     source: Any = None
     if is_checkpoint(config.checkpoint):
         source, backbone = load_method(config.checkpoint, backbone=backbone)
-    if not isinstance(source, Writer):
+    if not isinstance(source, writers):
         source = load_hybrid(config.checkpoint, backbone=backbone)
         backbone = source.backbone
     assert backbone is not None
@@ -135,7 +139,7 @@ def _generate(config: GenerateConfig) -> None:
         options |= {"temperature": config.temperature, "top_k": 0, "top_p": 1.0}
 
     def with_method() -> Any:
-        if isinstance(source, Writer):
+        if isinstance(source, writers):
             return _written(source, backbone, ids, config)
         more = {"steps": config.steps, "sampler_seed": config.seed}
         return source.generate(ids, **options, **{k: v for k, v in more.items() if v is not None})
@@ -143,7 +147,7 @@ def _generate(config: GenerateConfig) -> None:
     console = Console(highlight=False)
     kind = (
         f"{source.config.space}, split {source.split}"
-        if isinstance(source, Writer)
+        if isinstance(source, writers)
         else f"hybrid, split {source.split}"
     )
     runs: list[tuple[str, Callable[[], Any]]] = [(kind, with_method)]
@@ -158,7 +162,7 @@ def _generate(config: GenerateConfig) -> None:
 
 
 def _written(writer: Any, backbone: Any, ids: Any, config: GenerateConfig) -> Any:
-    """The prompt and what a method of the regime `generate` writes after it, up to its end."""
+    """The prompt and what a method of the regime `generate` or `mask` writes after it, up to its end."""
     import dataclasses
 
     import torch
@@ -179,6 +183,37 @@ def _written(writer: Any, backbone: Any, ids: Any, config: GenerateConfig) -> An
     return text.tokens[:, : int(text.lengths[0])]
 
 
+def _circuits_run(config: CircuitsRunConfig) -> None:
+    from dihal.circuits.run import run
+
+    run(config)
+
+
+def _circuits_compare(config: CircuitsCompareConfig) -> None:
+    from dihal.circuits.contrast import compare
+
+    compare(config)
+
+
+def _circuits_hybrid(config: CircuitsHybridConfig) -> None:
+    from dihal.circuits.contrast import hybrid
+
+    hybrid(config)
+
+
+def _circuits_plot(config: CircuitsPlotConfig) -> None:
+    from dihal.circuits.commands import plot
+
+    plot(config)
+
+
+def _circuits_selftest(config: CircuitsSelftestConfig) -> None:
+    from dihal.circuits.commands import selftest
+
+    if not selftest():
+        raise UsageError("a claim of the self-test does not hold on this machine: do not trust its circuits.")
+
+
 @dataclass(frozen=True)
 class Command:
     """A configuration and what is done with it."""
@@ -195,8 +230,13 @@ COMMANDS: dict[str, Command] = {
     "generate": Command(GenerateConfig, _generate),
     "sweep": Command(SweepConfig, _sweep),
     "frontier": Command(FrontierConfig, _frontier),
+    "circuits run": Command(CircuitsRunConfig, _circuits_run),
+    "circuits compare": Command(CircuitsCompareConfig, _circuits_compare),
+    "circuits hybrid": Command(CircuitsHybridConfig, _circuits_hybrid),
+    "circuits plot": Command(CircuitsPlotConfig, _circuits_plot),
+    "circuits selftest": Command(CircuitsSelftestConfig, _circuits_selftest),
 }
-"""Command name -> configuration and function."""
+"""Command name (one word, or a group and a word) -> configuration and function."""
 
 _USAGE = """usage: dihal COMMAND [options]
 
@@ -210,6 +250,8 @@ commands:
   generate     continue a prompt with a trained hybrid
   sweep        train at every split and compare what predicts the outcome
   frontier     likelihood of written text against its entropy
+  circuits     which edges solve a task, and whether two models use the same:
+               circuits run | compare | hybrid | plot | selftest
 
 `dihal COMMAND --help` lists the options of a command with their defaults."""
 
@@ -225,7 +267,7 @@ def run_command(name: str, argv: Sequence[str]) -> int:
         from rich.console import Console
 
         Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {_escape(str(error))}")
-        return 2
+        return getattr(error, "exit_status", 2)
     except KeyboardInterrupt:
         print(
             "interrupted; what was complete is kept, the same command goes on where that is possible.", file=sys.stderr
@@ -253,7 +295,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         print(f"dihal {__version__}")
         sys.exit(0)
+    grouped = " ".join(words[:2])
+    if grouped in COMMANDS:
+        sys.exit(run_command(grouped, words[2:]))
     if words[0] not in COMMANDS:
-        print(f"error: {unknown_name('command', words[0], COMMANDS)}", file=sys.stderr)
+        asked = grouped if any(name.startswith(f"{words[0]} ") for name in COMMANDS) else words[0]
+        print(f"error: {unknown_name('command', asked, COMMANDS)}", file=sys.stderr)
         sys.exit(2)
     sys.exit(run_command(words[0], words[1:]))

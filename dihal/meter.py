@@ -56,12 +56,12 @@ __all__ = ["PARTS", "Meter", "Pass", "StackShape", "denoiser_flops", "stack_shap
 PARTS = {
     "teacher_prefix": "blocks below the split on true tokens: the target, and tokens that are encoded again",
     "teacher_suffix": "blocks from the split on, on true states: the teacher of the KL",
-    "denoiser_forward": "the denoiser",
+    "denoiser_forward": "the denoiser; under `mask`, the blocks of the converted backbone",
     "denoiser_backward": "gradients of the denoiser",
     "self_conditioning": "the denoiser's earlier pass, whose estimate it reads",
     "suffix_forward": "blocks from the split on, on estimated states, with adapters where there are any",
     "suffix_backward": "gradients through them",
-    "head": "LM head of student and teacher, and gradients through it",
+    "head": "LM head of student and teacher (under `mask`, of the converted backbone), and gradients through it",
     "own_head": "the space's own readout and its logits, and their gradients",
     "space": "products by which a space makes states, inputs and estimates",
     "autoencoder": "first stage of the space `latent`",
@@ -102,9 +102,9 @@ class StackShape:
         attention = 4.0 * keys * sum(self.widths[first:last])
         return batch * new * (linear + attention)
 
-    def backward(self, first: int, last: int, *, batch: int, new: int, keys: int) -> float:
-        """FLOPs of the gradients with respect to the states; the weights are frozen."""
-        linear = 2.0 * sum(self.weights[first:last])
+    def backward(self, first: int, last: int, *, batch: int, new: int, keys: int, weights: bool = False) -> float:
+        """FLOPs of the gradients with respect to the states, and to the weights where they are trained."""
+        linear = (1 + weights) * 2.0 * sum(self.weights[first:last])
         attention = 8.0 * keys * sum(self.widths[first:last])
         return batch * new * (linear + attention)
 
@@ -234,9 +234,41 @@ class Meter:
         if backward:
             self.add("suffix_backward", self._shape.backward(split, self._blocks, **sizes) + 2 * lora)
 
-    def head(self, positions: int, *, backward: bool = False, part: str = "head") -> None:
-        """``Backbone.head``: logits of so many positions, and the gradient of the features where it is taken."""
-        self.add(part, (1 + backward) * 2.0 * self._shape.head * positions)
+    def stack(
+        self, *, batch: int, new: int, backward: bool = False, weights: bool = True, adapters: Iterable[Tensor] = ()
+    ) -> None:
+        """All blocks of a backbone that is itself the network (``dihal.masked``), parts ``denoiser_*``.
+
+        Args:
+            batch: sequences.
+            new: positions of each; all attend to all.
+            backward: gradients are taken, down to the embeddings.
+            weights: of the blocks' own weights, too.
+            adapters: LoRA weights that act.
+        """
+        sizes = {"batch": batch, "new": new, "keys": new}
+        lora = 2.0 * sum(weight.numel() for weight in adapters) * batch * new
+        self.add("denoiser_forward", self._shape.forward(0, self._blocks, **sizes) + lora)
+        if backward:
+            cost = self._shape.backward(0, self._blocks, **sizes, weights=weights)
+            self.add("denoiser_backward", cost + 2 * lora)
+
+    def head(
+        self,
+        positions: int,
+        *,
+        backward: bool = False,
+        weights: bool = False,
+        recomputed: bool = False,
+        part: str = "head",
+    ) -> None:
+        """``Backbone.head``: logits of so many positions.
+
+        ``backward``: the gradient of the features is taken; ``weights``: and that of a trained head; ``recomputed``: the
+        logits are made a second time for it.
+        """
+        products = 1 + recomputed + backward * (1 + weights)
+        self.add(part, products * 2.0 * self._shape.head * positions)
 
     def denoiser(
         self,

@@ -15,8 +15,8 @@ from dihal.config.method import MethodConfig
 from dihal.errors import UsageError
 from dihal.lora import Adapters
 from dihal.meter import Meter
-from dihal.nn.cache import DenoiserCache
-from dihal.random import uniform
+from dihal.nn.cache import DenoiserCache, StaticDenoiserCache, StaticPlace
+from dihal.random import fuse_normals, uniform
 from dihal.spaces.recovery import Kernel, divergence, suffix_loss
 from dihal.types import Mask, Padding, State, TokenIds
 
@@ -31,6 +31,7 @@ __all__ = [
     "LossOutput",
     "ReadBySuffix",
     "SamplingCache",
+    "StaticSamplingCache",
     "check_method",
     "corrupt",
     "metered",
@@ -90,6 +91,20 @@ class SamplingCache:
         return self.caches[0].length if self.caches else 0
 
 
+class StaticSamplingCache:
+    """A :class:`SamplingCache` of fixed size: what a captured pass writes in place."""
+
+    def __init__(self, place: StaticPlace) -> None:
+        self._place = place
+        self._caches: list[StaticDenoiserCache] = []
+
+    def at(self, index: int) -> StaticDenoiserCache:
+        """Return the cache of evaluation ``index``, made on first use."""
+        while len(self._caches) <= index:
+            self._caches.append(StaticDenoiserCache(self._place))
+        return self._caches[index]
+
+
 class ReadBySuffix(nn.Module):
     """What methods of both regimes have beside their state space: a loss kernel, and adapters in the suffix that reads them.
 
@@ -108,10 +123,10 @@ class ReadBySuffix(nn.Module):
         self._adapters: Adapters | None = None
 
     def compile_parts(self) -> None:
-        """Compile the denoiser's blocks in place, and the loss read off the logits."""
-        for block in self.denoiser.blocks:
-            block.compile()
+        """Compile the denoiser's blocks in place, the loss read off the logits, and the generator of noise."""
+        self.denoiser.compile_blocks()
         self.kernel = torch.compile(divergence, dynamic=False)
+        fuse_normals()
 
     def attach(self, backbone: Backbone, *, trainable: bool = True) -> None:
         """Inject the LoRA adapters into the backbone's suffix, if the configuration has any. Call it once."""

@@ -20,10 +20,12 @@ from dihal.diffusion.process import Process, build_process
 from dihal.diffusion.samplers import nfe, sample
 from dihal.diffusion.timesteps import sample_times
 from dihal.errors import UsageError, unknown_name
+from dihal.masked.model import MaskedLM
 from dihal.method_parts import (
     LossOutput,
     ReadBySuffix,
     SamplingCache,
+    StaticSamplingCache,
     check_method,
     corrupt,
     hide,
@@ -32,7 +34,7 @@ from dihal.method_parts import (
     positions_of,
     suffix_terms,
 )
-from dihal.nn.cache import DenoiserCache
+from dihal.nn.cache import DenoiserCache, StaticDenoiserCache
 from dihal.nn.transformer import DenoiserTransformer
 from dihal.random import normal, uniform
 from dihal.spaces.hidden import HiddenSpace
@@ -44,7 +46,7 @@ if TYPE_CHECKING:
     from dihal.backbone import Backbone
     from dihal.data import Batch
 
-__all__ = ["METHODS", "LossOutput", "Method", "SamplingCache", "build_method", "positions_of"]
+__all__ = ["METHODS", "AnyMethod", "LossOutput", "Method", "SamplingCache", "build_method", "positions_of"]
 
 _MAX_POSITIONS = 1 << 20
 """Positions that a sampling-noise key leaves room for: key = sample id * this + position."""
@@ -116,7 +118,7 @@ class Method(ReadBySuffix):
         position_ids: Int[Tensor, "batch time"],
         *,
         attention_mask: Padding | None,
-        cache: DenoiserCache | None = None,
+        cache: DenoiserCache | StaticDenoiserCache | None = None,
         drop: Bool[Tensor, " batch"] | Mask | None = None,
         previous: State | None = None,
     ) -> tuple[State, State]:
@@ -235,7 +237,7 @@ class Method(ReadBySuffix):
         sampler: str | None = None,
         seed: int | None = None,
         sample_ids: Int[Tensor, " batch"] | None = None,
-        cache: SamplingCache | None = None,
+        cache: SamplingCache | StaticSamplingCache | None = None,
         hidden: Mask | None = None,
     ) -> State:
         """Draw h^l given the tokens, in the backbone's dtype.
@@ -316,27 +318,55 @@ class Method(ReadBySuffix):
         )
 
 
-def _bridge(config: MethodConfig, dim: int) -> Method:
-    return Method(config, dim)
+AnyMethod = Method | Writer | MaskedLM
+"""What the training loop trains and a checkpoint holds: one class per regime."""
 
 
-def _regression(config: MethodConfig, dim: int) -> Method:
+def _bridge(config: MethodConfig, backbone: Backbone | int) -> Method | Writer:
+    if config.regime == "replace":
+        return Method(config, backbone if isinstance(backbone, int) else backbone.hidden_size)
+    whole = _whole(config, backbone)
+    return Writer(config, dim=whole.hidden_size, vocab=whole.vocab_size)
+
+
+def _regression(config: MethodConfig, backbone: Backbone | int) -> Method:
+    if config.regime != "replace":
+        raise UsageError(
+            f"regime {config.regime!r} has no method {config.name!r}: without noise there is nothing to write from. "
+            "Set method.name to bridge, or method.regime to replace."
+        )
     if config.sampler.steps != 1:
         raise UsageError(f"method 'regression' has one step; method.sampler.steps is {config.sampler.steps}.")
     if config.process.parametrisation != "x0":
         raise UsageError("method 'regression' predicts the state: set method.process.parametrisation to x0.")
+    dim = backbone if isinstance(backbone, int) else backbone.hidden_size
     return Method(replace(config, time=replace(config.time, terminal_fraction=1.0)), dim, noise_scale=0.0)
 
 
-METHODS: dict[str, Callable[[MethodConfig, int], Method]] = {
+def _masked(config: MethodConfig, backbone: Backbone | int) -> MaskedLM:
+    return MaskedLM(config, _whole(config, backbone))
+
+
+def _whole(config: MethodConfig, backbone: Backbone | int) -> Backbone:
+    """The backbone, for the regimes that a hybrid does not have."""
+    if isinstance(backbone, int):
+        raise UsageError(
+            f"a method of the regime {config.regime!r} is no causal LM and cannot be loaded as a hybrid: "
+            "write with `dihal generate` or dihal.restore.load_method(path)[0].write(...)."
+        )
+    return backbone
+
+
+METHODS: dict[str, Callable[[MethodConfig, Backbone | int], AnyMethod]] = {
     "bridge": _bridge,
     "regression": _regression,
+    "masked": _masked,
 }
-"""Name -> builder(config, hidden size)."""
+"""Name -> builder(config, backbone or its hidden size)."""
 
 
-def build_method(config: MethodConfig, backbone: Backbone | int) -> Method | Writer:
-    """Build a method with fresh weights, in fp32 on the CPU.
+def build_method(config: MethodConfig, backbone: Backbone | int) -> AnyMethod:
+    """Build a method with fresh weights (`masked`: with the backbone's), in fp32 on the CPU.
 
     Args:
         config: the method; ``split`` resolved.
@@ -353,16 +383,6 @@ def build_method(config: MethodConfig, backbone: Backbone | int) -> Method | Wri
             f"method.split {config.split} is out of range: this backbone has {backbone.num_blocks} blocks, "
             f"so splits 0 to {backbone.num_blocks - 1}."
         )
-    if config.regime == "generate":
-        if config.name != "bridge":
-            raise UsageError(
-                f"regime 'generate' has no method {config.name!r}: without noise there is nothing to write from. "
-                "Set method.name to bridge, or method.regime to replace."
-            )
-        if isinstance(backbone, int):
-            raise UsageError(
-                "a method of the regime 'generate' is no causal LM and cannot be loaded as a hybrid: "
-                "write with `dihal generate` or dihal.restore.load_method(path)[0].write(...)."
-            )
-        return Writer(config, dim=backbone.hidden_size, vocab=backbone.vocab_size)
-    return METHODS[config.name](config, backbone if isinstance(backbone, int) else backbone.hidden_size)
+    if config.regime == "mask" and config.name != "masked":
+        raise UsageError(f"regime 'mask' has the method 'masked' only, not {config.name!r}. Set method.name to masked.")
+    return METHODS[config.name](config, backbone)

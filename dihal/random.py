@@ -11,14 +11,17 @@ device; normals agree between devices up to the last bits of their log, sine and
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
+import warnings
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["normal", "philox4x32", "random_words", "uniform"]
+__all__ = ["fuse_normals", "normal", "philox4x32", "random_words", "uniform"]
 
 _MASK = 0xFFFFFFFF
 # The multipliers D2511F53 and CD9E8D57 less 2^32: then |word * multiplier| < 2^62 and nothing overflows.
@@ -138,6 +141,66 @@ def uniform(
     )
 
 
+@functools.lru_cache(maxsize=256)
+def _round_keys(seed: int, purpose: str, device: torch.device) -> Tensor:
+    k0, k1 = _key(seed, purpose)
+    keys = [((k0 + i * _WEYL_0) & _MASK, (k1 + i * _WEYL_1) & _MASK) for i in range(_ROUNDS)]
+    return torch.tensor(keys, dtype=torch.int64, device=device)
+
+
+def _normals(ids: Tensor, keys: Tensor, block: Tensor) -> Tensor:
+    """Four fp32 normals for every (id, block): (n, blocks, 4). The same arithmetic as `normal`, in one piece."""
+    # All int64 values come in from memory: what a compiler makes itself (arange, zeros) it multiplies in 32 bits.
+    c0 = block[None].expand(ids.shape[0], -1)
+    c1 = (ids & _MASK)[:, None].expand(-1, block.shape[0])
+    c2 = ((ids >> 32) & _MASK)[:, None].expand(-1, block.shape[0])
+    c3 = c1 ^ c1
+    for index in range(_ROUNDS):
+        high_0, low_0 = _multiply(c0, _MULTIPLIER_0)
+        high_1, low_1 = _multiply(c2, _MULTIPLIER_1)
+        c0, c1, c2, c3 = high_1 ^ c1 ^ keys[index, 0], low_1, high_0 ^ c3 ^ keys[index, 1], low_0
+    values = []
+    for first, second in ((c0, c1), (c2, c3)):
+        radius = torch.sqrt(-2.0 * torch.log((first.float() + 0.5) * 2.0**-32))
+        angle = (2.0 * math.pi) * _unit(second, torch.float32)
+        values += [radius * torch.cos(angle), radius * torch.sin(angle)]
+    return torch.stack(values, -1)
+
+
+_fused: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+
+
+def fuse_normals(backend: str = "inductor") -> None:
+    """Compile the generator of normals for GPUs, process-wide: one kernel in place of two hundred.
+
+    Each of the two hundred passes a quarter of the drawn numbers through memory, as int64. Compiled values agree with
+    the others up to the last bits of logarithm, sine and cosine, as those of two devices do.
+    """
+    global _fused
+    if _fused is None:
+        _fused = torch.compile(_normals, dynamic=True, backend=backend)
+
+
+def _normal_fused(seed: int, ids: Tensor, purpose: str, shape: tuple[int, ...], place: torch.device) -> Tensor:
+    assert _fused is not None
+    flat, count = ids.to(place, torch.int64).reshape(-1), math.prod(shape)
+    drawn = _fused(flat, _round_keys(seed, purpose, place), torch.arange(-(-count // 4), device=place))
+    return drawn.view(flat.numel(), -1)[:, :count].reshape(*ids.shape, *shape)
+
+
+@functools.cache
+def _fused_is_right(place: torch.device) -> bool:
+    """Whether the compiled generator gives this device the numbers of the other one; wrong integers would be no noise at all."""
+    ids = torch.tensor([0, 1, 12_345, 2**31, 2**40 + 7, -3])
+    drawn = _normal_fused(0, ids, "fused", (67,), place).cpu()
+    if torch.allclose(drawn, normal(0, ids, "fused", (67,), device="cpu"), atol=1e-4):
+        return True
+    warnings.warn(
+        "this compiler gets the integers of the noise generator wrong; the generator runs uncompiled.", stacklevel=4
+    )
+    return False
+
+
 def normal(
     seed: int,
     ids: Int[Tensor, "..."],
@@ -154,6 +217,9 @@ def normal(
     Arguments as for ``uniform``.
     """
     work = torch.float64 if dtype == torch.float64 else torch.float32
+    place = ids.device if device is None else torch.device(device)
+    if place.type == "cuda" and work == torch.float32 and _fused is not None and _fused_is_right(place):
+        return _normal_fused(seed, ids, purpose, shape, place).to(dtype)
 
     def transform(*words: Tensor) -> Tensor:
         values = []

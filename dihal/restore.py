@@ -6,10 +6,10 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dihal.backbone.weights import lower_fingerprint
 from dihal.checkpoint import Checkpoint, has_checkpoint, load_checkpoint
 from dihal.errors import UsageError
-from dihal.methods import Method, build_method
-from dihal.writer import Writer
+from dihal.methods import AnyMethod, build_method
 
 if TYPE_CHECKING:
     from dihal.backbone import Backbone
@@ -30,7 +30,15 @@ def is_checkpoint(path: str | Path) -> bool:
     return has_checkpoint(path) or has_checkpoint(path.parent) or (path / "manifest.json").is_file()
 
 
-def require_backbone(what: str, wanted: dict[str, Any], fingerprint: str, backbone: Backbone, split: int) -> None:
+def require_backbone(
+    what: str,
+    wanted: dict[str, Any],
+    fingerprint: str,
+    backbone: Backbone,
+    split: int,
+    *,
+    found: str | None = None,
+) -> None:
     """Refuse a backbone whose weights from ``split`` on are not the ones a bridge was trained with.
 
     Args:
@@ -39,6 +47,7 @@ def require_backbone(what: str, wanted: dict[str, Any], fingerprint: str, backbo
         fingerprint: ``Backbone.fingerprint(split)`` it was trained with.
         backbone: what is given. It may be held in more bits than in training: cast down, it must be the same.
         split: first block that the bridge's readers run.
+        found: fingerprint to compare, if it is not that of the weights from ``split`` on.
 
     Raises:
         UsageError: naming the field that differs and both values.
@@ -53,7 +62,7 @@ def require_backbone(what: str, wanted: dict[str, Any], fingerprint: str, backbo
                 f"{what} needs the backbone {wanted.get('id')!r} with {field} {wanted.get(field)!r}; {given['id']!r} has "
                 f"{given[field]!r}. Give the backbone it was trained with."
             )
-    found = backbone.fingerprint(split, dtype=wanted["dtype"])
+    found = backbone.fingerprint(split, dtype=wanted["dtype"]) if found is None else found
     if found != fingerprint:
         raise UsageError(
             f"the weights of the backbone {given['id']!r} are not those {what} was trained with: fingerprint "
@@ -78,16 +87,19 @@ def require_checkpoint_backbone(checkpoint: Checkpoint, backbone: Backbone) -> N
         raise UsageError(
             f"checkpoint {str(checkpoint.path)!r} was written by an earlier version: its manifest lacks reads_from. Train again."
         )
-    require_backbone(
-        f"checkpoint {str(checkpoint.path)!r}",
-        checkpoint.manifest["backbone"],
-        checkpoint.manifest["backbone_fingerprint"],
-        backbone,
-        int(checkpoint.manifest["reads_from"]),
-    )
+    manifest = checkpoint.manifest
+    what, split = f"checkpoint {str(checkpoint.path)!r}", int(manifest["reads_from"])
+    if manifest["backbone_fingerprint"] is None:
+        # Trained beside part of the backbone: what it vouches for lies below the split.
+        found = lower_fingerprint(backbone, split, manifest["backbone"]["dtype"])
+        require_backbone(
+            what, manifest["backbone"], manifest["backbone_lower_fingerprint"], backbone, split, found=found
+        )
+    else:
+        require_backbone(what, manifest["backbone"], manifest["backbone_fingerprint"], backbone, split)
 
 
-def restore_method(checkpoint: Checkpoint, backbone: Backbone, *, weights: str = "ema") -> tuple[Method | Writer, str]:
+def restore_method(checkpoint: Checkpoint, backbone: Backbone, *, weights: str = "ema") -> tuple[AnyMethod, str]:
     """Build a checkpoint's method on the backbone's device, frozen; return it and which weights it has.
 
     Args:
@@ -117,7 +129,7 @@ def restore_method(checkpoint: Checkpoint, backbone: Backbone, *, weights: str =
 
 def load_method(
     path: str | Path, *, backbone: Backbone | None = None, device: str | None = None, weights: str = "ema"
-) -> tuple[Method | Writer, Backbone]:
+) -> tuple[AnyMethod, Backbone]:
     """Open a run or checkpoint folder and restore its method with its backbone.
 
     Raises:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 
 from dihal.errors import UsageError
+from dihal.nn.cache import StaticPlace, StaticSlot
 
-__all__ = ["BlockCache"]
+__all__ = ["BlockCache", "StaticBlockCache"]
 
 
 class BlockCache(DynamicCache):
@@ -89,3 +90,30 @@ class BlockCache(DynamicCache):
     def reorder(self, rows: Tensor) -> None:
         """Take the given rows of the batch, in that order (beam search, or dropping finished rows)."""
         self.reorder_cache(rows)
+
+
+class StaticBlockCache(Cache):
+    """Keys and values of a range of blocks in room of fixed size, written in place (see `dihal.nn.cache.StaticPlace`).
+
+    Masks and positions are given to every pass by whoever makes it: nothing is counted here, so that a pass can be
+    captured as a CUDA graph. Every row stands at the same position; no padding, no sliding window.
+    """
+
+    is_compileable = True
+
+    def __init__(self, place: StaticPlace):
+        super().__init__(layers=[])
+        self._place = place
+        self._slots: dict[int, StaticSlot] = {}
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write a block's new keys and values; return the whole room."""
+        if layer_idx not in self._slots:
+            self._slots[layer_idx] = StaticSlot(self._place)
+        return self._slots[layer_idx].write(key_states, value_states)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """0: positions are given."""
+        return 0

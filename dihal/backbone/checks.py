@@ -13,6 +13,8 @@ __all__ = [
     "default_positions",
     "require_block_range",
     "require_cache",
+    "require_held",
+    "require_kept",
     "require_length",
     "require_mask",
     "require_split",
@@ -98,3 +100,20 @@ def require_cache(cache: Any, first: int, last: int) -> None:
             f"this cache holds blocks {held} to {end} (exclusive), blocks {first} to {last} are run. "
             f"Make it with new_cache({first}, {last})."
         )
+
+
+def require_held(held: int | None, split: int | None) -> None:
+    """Refuse to run blocks that were not loaded; ``split`` None: anything above the split."""
+    if held is None or (split is not None and split <= held):
+        return
+    wanted = "the suffix and the head" if split is None else f"{split} blocks"
+    raise UsageError(
+        f"only the embedding and the {held} lowest blocks were loaded, {wanted} are to be run. "
+        "Load the backbone with more blocks, or whole (blocks=None)."
+    )
+
+
+def require_kept(kept: int, time: int) -> None:
+    """Refuse to keep the logits of more positions than there are."""
+    if not 0 <= kept <= time:
+        raise UsageError(f"logits_to_keep {kept} is out of range: 0 (all) to {time} positions.")

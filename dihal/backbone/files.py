@@ -16,7 +16,7 @@ from torch import nn
 from dihal.backbone.layout import find_layout
 from dihal.errors import UsageError
 
-__all__ = ["Loaded", "explained", "load_files", "quiet", "require_complete"]
+__all__ = ["Loaded", "explained", "load_files", "load_tokenizer", "quiet", "require_complete"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class Loaded:
     tokenizer: Any | None
     id: str
     revision: str | None
+    blocks: int | None = None
+    """Blocks with weights, beside the embedding; None: the whole model."""
 
 
 @contextlib.contextmanager
@@ -164,7 +166,7 @@ def _load_pretrained(
         )
     require_complete(source, report)
     if tokenizer is None:
-        tokenizer = _load_tokenizer(source, trust_remote_code=trust_remote_code, **options)
+        tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code, **options)
     return Loaded(model, tokenizer, source, commit or revision)
 
 
@@ -181,7 +183,7 @@ def require_complete(source: str, report: dict[str, Any]) -> None:
         )
 
 
-def _load_tokenizer(source: str, **options: Any) -> Any | None:
+def load_tokenizer(source: str, **options: Any) -> Any | None:
     """The tokenizer that lies beside the model; None where there is none (asked for later, it is refused by name)."""
     from transformers import AutoTokenizer
 

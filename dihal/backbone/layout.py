@@ -7,7 +7,7 @@ decoder forward runs them (``views.py``), so they cannot drift from it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from dihal.errors import UsageError, unknown_name
 
@@ -36,6 +36,26 @@ class Layout:
     """The library has no SDPA for the family (Gemma 2 soft-caps attention scores): eager is used."""
     linears: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     """Last name of every linear layer of attention and MLP: the LoRA targets."""
+    projections: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    """Linear layers of queries, keys and values, or one that gives the three one after the other; relative to a block."""
+    interleaved: bool = False
+    """The one layer of queries, keys and values mixes them head by head."""
+    transposed: bool = False
+    """Linear layers hold (in, out) instead of (out, in)."""
+    attention_norm: str = "input_layernorm"
+    """What the projections read; relative to a block."""
+    mlp: str | None = "mlp"
+    """The MLP; relative to a block. Null: blocks have none."""
+    mlp_norm: str = "post_attention_layernorm"
+    """What the MLP reads; relative to a block."""
+    norm_kind: Literal["rms", "layer", "none"] = "rms"
+    """RMSNorm, LayerNorm, or no norm."""
+    norm_eps: str = "variance_epsilon"
+    """Attribute of a norm that is added to the mean square."""
+    post_norm: bool = False
+    """Outputs of attention and MLP pass a norm before they are added."""
+    parallel: str | None = None
+    """Config field; true there: attention and MLP of a block read the same state. Null: never."""
 
 
 LAYOUTS: dict[str, Layout] = {
@@ -43,10 +63,14 @@ LAYOUTS: dict[str, Layout] = {
     "mistral": Layout(windows="sliding_window"),
     "qwen2": Layout(windows="sliding_window"),
     "qwen3": Layout(windows="sliding_window"),
-    "olmo2": Layout(),
-    "gemma2": Layout(windows="sliding_window", softcap="final_logit_softcapping", eager_only=True),
-    "gemma3_text": Layout(windows="sliding_window", softcap="final_logit_softcapping"),
-    "phi3": Layout(windows="sliding_window", linears=("qkv_proj", "o_proj", "gate_up_proj", "down_proj")),
+    "olmo2": Layout(post_norm=True),
+    "gemma2": Layout(windows="sliding_window", softcap="final_logit_softcapping", eager_only=True, post_norm=True),
+    "gemma3_text": Layout(windows="sliding_window", softcap="final_logit_softcapping", post_norm=True),
+    "phi3": Layout(
+        windows="sliding_window",
+        linears=("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
+        projections=("self_attn.qkv_proj",),
+    ),
     "gpt2": Layout(
         decoder="transformer",
         embeddings=("wte", "wpe"),
@@ -54,6 +78,12 @@ LAYOUTS: dict[str, Layout] = {
         norm="ln_f",
         attention_output="attn.c_proj",
         linears=("c_attn", "c_proj", "c_fc"),
+        projections=("attn.c_attn",),
+        transposed=True,
+        attention_norm="ln_1",
+        mlp_norm="ln_2",
+        norm_kind="layer",
+        norm_eps="eps",
     ),
     "gpt_neox": Layout(
         decoder="gpt_neox",
@@ -61,6 +91,11 @@ LAYOUTS: dict[str, Layout] = {
         norm="final_layer_norm",
         attention_output="attention.dense",
         linears=("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
+        projections=("attention.query_key_value",),
+        interleaved=True,
+        norm_kind="layer",
+        norm_eps="eps",
+        parallel="use_parallel_residual",
     ),
 }
 

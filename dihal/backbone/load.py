@@ -16,7 +16,7 @@ from dihal.backbone.tokens import require_fit
 from dihal.config.parts import BackboneConfig
 from dihal.errors import UsageError, unknown_name
 
-__all__ = ["backbone_from_config", "load_backbone", "pick_device"]
+__all__ = ["backbone_from_config", "load_backbone", "pick_device", "random_backbone"]
 
 _DTYPES = {
     "float32": torch.float32,
@@ -67,6 +67,7 @@ def load_backbone(
     attention: str = "sdpa",
     trust_remote_code: bool = False,
     tokenizer: Any | None = None,
+    blocks: int | None = None,
 ) -> Backbone:
     """Load a causal LM as a frozen backbone.
 
@@ -80,6 +81,8 @@ def load_backbone(
         attention: ``sdpa`` (``eager`` for a family that has no other) or ``eager``.
         trust_remote_code: run Python code that comes with the model.
         tokenizer: a Hugging Face tokenizer to use instead of the source's own.
+        blocks: load the embedding and so many blocks from below, and nothing else: neither read nor
+            held. `Backbone.states` and `.prefix` up to that split are all that then runs. None: all.
 
     Raises:
         UsageError: nothing there, an unknown family, a damaged or incomplete file, no network, a
@@ -89,10 +92,23 @@ def load_backbone(
     if attention not in ("sdpa", "eager"):
         raise unknown_name("attention", attention, ("sdpa", "eager"))
     if isinstance(source, nn.Module):
-        if revision is not None:
-            raise UsageError("a live model has no revision; leave it out.")
+        if revision is not None or blocks is not None:
+            raise UsageError("a live model has no revision, and is there as a whole: leave revision and blocks out.")
         loaded = Loaded(
             source, tokenizer, getattr(getattr(source, "config", None), "_name_or_path", "") or "live", None
+        )
+    elif blocks is not None:
+        from dihal.backbone.partial import load_part
+
+        loaded = load_part(
+            str(source),
+            blocks,
+            revision=revision,
+            dtype=chosen_dtype,
+            device=chosen_device,
+            attention=attention,
+            trust_remote_code=trust_remote_code,
+            tokenizer=tokenizer,
         )
     else:
         loaded = load_files(
@@ -105,7 +121,38 @@ def load_backbone(
     return _freeze(loaded, chosen_dtype, chosen_device, attention)
 
 
-def backbone_from_config(config: BackboneConfig) -> Backbone:
+def random_backbone(
+    config: Any,
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "bfloat16",
+    seed: int = 0,
+    blocks: int | None = None,
+    attention: str = "sdpa",
+    tokenizer: Any | None = None,
+) -> Backbone:
+    """A backbone with random weights, made on the device in seconds: for figures of speed and memory.
+
+    Args:
+        config: a Hugging Face config, its fields as a dict, or a name in `dihal.backbone.shapes.SHAPES`.
+        device, dtype, attention, tokenizer, blocks: as in `load_backbone`.
+        seed: of the weights; they differ between kinds of devices.
+
+    Raises:
+        UsageError: an unknown name or family.
+    """
+    from dihal.backbone.shapes import make_config
+    from dihal.backbone.skeleton import build_skeleton, fill_buffers, fill_random
+
+    chosen_dtype, chosen_device = _pick_dtype(dtype), pick_device(device)
+    resolved, name = make_config(config)
+    model, layout = build_skeleton(resolved, attention)
+    fill_buffers(model, layout, blocks, chosen_device)
+    fill_random(model, layout, blocks, chosen_device, chosen_dtype, seed)
+    return _freeze(Loaded(model, tokenizer, name, None, blocks), chosen_dtype, chosen_device, attention)
+
+
+def backbone_from_config(config: BackboneConfig, *, blocks: int | None = None) -> Backbone:
     """`load_backbone` with the fields of a configuration."""
     return load_backbone(
         config.id,
@@ -114,6 +161,7 @@ def backbone_from_config(config: BackboneConfig) -> Backbone:
         device=config.device,
         attention=config.attention,
         trust_remote_code=config.trust_remote_code,
+        blocks=blocks,
     )
 
 
@@ -131,10 +179,13 @@ def _freeze(loaded: Loaded, dtype: torch.dtype, device: torch.device, attention:
     # Collecting every layer or every attention map is exactly what a backbone must not do.
     config.output_hidden_states = False
     config.output_attentions = False
-    model = model.to(device=device).eval().requires_grad_(False)
+    if loaded.blocks is None:
+        model = model.to(device=device)
+    model = model.eval().requires_grad_(False)
     # Parameters only: Module.to(dtype) would round the rotary frequencies, which are float32 in every released model.
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+        if parameter.dtype != dtype:
+            parameter.data = parameter.data.to(dtype)
     decoder = model.get_submodule(layout.decoder)
     reference = BackboneReference(
         id=loaded.id,
@@ -148,4 +199,4 @@ def _freeze(loaded: Loaded, dtype: torch.dtype, device: torch.device, attention:
     )
     if loaded.tokenizer is not None:
         require_fit(loaded.tokenizer, reference.vocab_size)
-    return Backbone(model, family, layout, reference, loaded.tokenizer)
+    return Backbone(model, family, layout, reference, loaded.tokenizer, held=loaded.blocks)

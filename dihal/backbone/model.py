@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +14,8 @@ from dihal.backbone.checks import (
     default_positions,
     require_block_range,
     require_cache,
+    require_held,
+    require_kept,
     require_length,
     require_mask,
     require_split,
@@ -42,9 +44,8 @@ Padding = Shaped[Tensor, "batch total"]
 class Backbone:
     """A frozen causal LM that runs in parts. Made by `load_backbone`.
 
-    Not an ``nn.Module``: held by one, it enters no registry, hence no checkpoint, no optimiser, no
-    average and no broadcast. Its weights need no gradient; gradients flow through states. Dropout
-    is off. The parts are run by the model's own forward (`dihal.backbone.views`): the suffix of a
+    Not an ``nn.Module``: held by one, it enters no registry (checkpoint, optimiser, average, broadcast).
+    Its weights need no gradient; gradients flow through states. Dropout is off. The parts are run by the model's own forward (`dihal.backbone.views`): the suffix of a
     prefix gives the model's own logits, bit for bit.
 
     Padding may lie left or right. Where ``position_ids`` are not given, real tokens are counted
@@ -58,12 +59,16 @@ class Backbone:
         layout: Layout,
         reference: BackboneReference,
         tokenizer: Any | None,
+        *,
+        held: int | None = None,
     ):
         self.model = model
         self.family = family
         self.layout = layout
         self.reference = reference
         self._tokenizer = tokenizer
+        self.held = held
+        """Blocks that have weights, beside the embedding; None: the whole model, with norm and head."""
 
     def __repr__(self) -> str:
         return (
@@ -104,12 +109,12 @@ class Backbone:
     @property
     def dtype(self) -> torch.dtype:
         """Type of weights and states."""
-        return self.output_embedding.weight.dtype
+        return self.input_embedding.weight.dtype
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.output_embedding.weight.device
+        return self.input_embedding.weight.device
 
     @property
     def attention(self) -> str:
@@ -138,11 +143,7 @@ class Backbone:
 
     @property
     def tokenizer(self) -> Any:
-        """The Hugging Face tokenizer.
-
-        Raises:
-            UsageError: the backbone came without one.
-        """
+        """The Hugging Face tokenizer; a `UsageError` where the backbone came without one."""
         if self._tokenizer is None:
             raise UsageError(
                 f"the backbone {self.reference.id!r} came without a tokenizer. "
@@ -202,13 +203,18 @@ class Backbone:
         taps: Any = None,
     ) -> Tensor:
         require_token_ids(input_ids, self.vocab_size)
+        require_held(self.held, split)
         view = prefix_view(self.decoder, self.layout, split, taps)
         shape = (input_ids.shape[0], input_ids.shape[1])
         return self._run(view, shape, attention_mask, position_ids, cache, input_ids=input_ids)
 
     def embed(self, input_ids: TokenIds, *, position_ids: Positions | None = None) -> State:
         """h^0: token embeddings exactly as they enter block 0 (scaled, learned positions added)."""
-        return self._prefix(input_ids, 0, None, position_ids)
+        require_token_ids(input_ids, self.vocab_size)
+        view = prefix_view(self.decoder, self.layout, 0)
+        # No block reads a mask: a ready-made one spares the library making one, and waiting for the device to do so.
+        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
+        return view(input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False)[0]
 
     def prefix(
         self,
@@ -219,11 +225,10 @@ class Backbone:
         position_ids: Positions | None = None,
         cache: BlockCache | None = None,
     ) -> State:
-        """h^split of the given (new) tokens.
+        """h^split of the given tokens; with a cache, of those it has not seen.
 
         Args:
-            input_ids: the tokens; with a cache, those it has not seen.
-            split: blocks to run, 0 .. L-1.
+            input_ids, split: the tokens, and how many blocks to run, 0 .. L-1.
             attention_mask: padding, over cached and new tokens.
             position_ids: positions of the new tokens; None: counted (see the class).
             cache: from ``new_cache(0, split)``; grows by the new tokens.
@@ -244,12 +249,9 @@ class Backbone:
         position_ids: Positions | None = None,
         cache: BlockCache | None = None,
     ) -> State:
-        """Run blocks ``split`` .. L-1 and the final norm on a state h^split; `head` makes logits of the result.
-
-        The state is cast to the backbone's dtype; the cache is one of ``new_cache(split, L)``. All
-        else is as in `prefix`.
-        """
+        """Run blocks ``split`` .. L-1 and the final norm on a state h^split, cast to the backbone's dtype; `head` makes logits."""
         require_split(split, self.num_blocks)
+        require_held(self.held, None)
         require_state(state, self.hidden_size)
         require_cache(cache, split, self.num_blocks)
         state = state.to(self.dtype)
@@ -274,8 +276,7 @@ class Backbone:
         logits_to_keep: int = 0,
     ) -> Float[Tensor, "batch kept vocab"]:
         """Next-token logits from a state h^split: `suffix_features`, then `head` on the last ``logits_to_keep`` positions (0: all)."""
-        if not 0 <= logits_to_keep <= state.shape[1]:
-            raise UsageError(f"logits_to_keep {logits_to_keep} is out of range: 0 (all) to {state.shape[1]} positions.")
+        require_kept(logits_to_keep, state.shape[1])
         features = self.suffix_features(
             state, split, attention_mask=attention_mask, position_ids=position_ids, cache=cache
         )
@@ -290,6 +291,7 @@ class Backbone:
     ) -> Logits:
         """The model's own forward, unsplit: what prefix and suffix are compared with."""
         require_token_ids(input_ids, self.vocab_size)
+        require_held(self.held, None)
         require_mask(attention_mask, *input_ids.shape)
         if position_ids is None:
             position_ids = default_positions(attention_mask, input_ids.shape[1])
@@ -297,6 +299,26 @@ class Backbone:
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
         )
         return output.logits
+
+    def visit(
+        self,
+        input_ids: TokenIds,
+        splits: Iterable[int],
+        show: Callable[[int, Tensor], None],
+        *,
+        attention_mask: Padding | None = None,
+        position_ids: Positions | None = None,
+    ) -> None:
+        """Call ``show(l, h^l)`` for every l in ``splits`` as it appears, in one pass that ends at the deepest and keeps none.
+
+        Raises:
+            UsageError: no split, or one out of range.
+        """
+        wanted = sorted({require_split(split, self.num_blocks) for split in splits})
+        if not wanted:
+            raise UsageError("no split given; name at least one in 0 .. num_blocks - 1.")
+        taps = {split: (lambda hidden, split=split: show(split, hidden)) for split in wanted[:-1]}
+        show(wanted[-1], self._prefix(input_ids, wanted[-1], attention_mask, position_ids, taps=taps))
 
     def states(
         self,
@@ -306,24 +328,15 @@ class Backbone:
         attention_mask: Padding | None = None,
         position_ids: Positions | None = None,
     ) -> dict[int, State]:
-        """h^l for every l in ``splits``, in one pass that ends at the deepest and keeps no other layer.
-
-        Raises:
-            UsageError: no split, or one out of range.
-        """
-        wanted = sorted({require_split(split, self.num_blocks) for split in splits})
-        if not wanted:
-            raise UsageError("no split given; name at least one in 0 .. num_blocks - 1.")
+        """h^l for every l in ``splits``: what :meth:`visit` shows, all kept."""
         captured: dict[int, Tensor] = {}
-        taps = {split: (lambda hidden, split=split: captured.__setitem__(split, hidden)) for split in wanted[:-1]}
-        deepest = self._prefix(input_ids, wanted[-1], attention_mask, position_ids, taps=taps)
-        return {**captured, wanted[-1]: deepest}
+        self.visit(input_ids, splits, captured.__setitem__, attention_mask=attention_mask, position_ids=position_ids)
+        return captured
 
     def new_cache(self, first_block: int, last_block: int) -> BlockCache:
-        """An empty cache for blocks ``first_block`` .. ``last_block - 1``: ``(0, split)`` for a prefix, ``(split, L)`` for a suffix.
+        """An empty cache for a range of blocks: ``(0, split)`` for a prefix, ``(split, L)`` for a suffix.
 
-        It has ``length``, ``truncate(length)`` and ``reorder(rows)``, and is a transformers cache.
-        """
+        It has ``length``, ``truncate(length)`` and ``reorder(rows)``."""
         from dihal.backbone.cache import BlockCache
 
         require_block_range(first_block, last_block, self.num_blocks)
@@ -346,48 +359,36 @@ class Backbone:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all weights, tied ones once."""
-        return sum(weight.nbytes for weight in self.model.parameters())
+        """Bytes of all weights that are held, tied ones once."""
+        return sum(weight.nbytes for weight in self.model.parameters() if not weight.is_meta)
 
     def parameter_count(self, first_block: int = 0, *, embedding: bool = True, head: bool = True) -> int:
         """Weights in blocks ``first_block`` .. L-1, with the embedding and with final norm and head if asked; tied ones once."""
-        parts = weights.named_weights(self, first_block, embedding=embedding, head=head)
-        return sum(tensor.numel() for tensor in {id(tensor): tensor for _, tensor in parts}.values())
+        return weights.count(self, first_block, embedding=embedding, head=head)
 
     def fingerprint(
         self, first_block: int = 0, *, embedding: bool = True, head: bool = True, dtype: str | None = None
     ) -> str:
-        """Hex sha256 over names, types, shapes and bytes of the weights of embedding, blocks ``first_block`` .. L-1, final norm and head.
+        """Hex sha256 over names, types, shapes and bytes of the weights of embedding, blocks ``first_block`` .. L-1, norm and head.
 
-        A tied head counts as head: it is in even without the embedding. Adapters of peft are left
-        out and the names they change are restored, so that a backbone keeps its fingerprint.
+        A tied head counts as head. Adapters of peft are left out and the names they change restored.
 
         Args:
-            first_block: first block that counts.
-            embedding: count the embedding.
-            head: count final norm and head.
-            dtype: name of the type whose fingerprint is asked for; narrower than or the same as the one
-                held. Weights that were cast down from these then have the same fingerprint.
+            first_block, embedding, head: what counts: blocks from it on, embedding, final norm and head.
+            dtype: name of the type whose fingerprint is asked for, at most as wide as the one held: that of
+                weights cast down from these.
 
         Raises:
-            UsageError: the weights are held in fewer bits than ``dtype``, or in another type of that size.
+            UsageError: the weights are held in fewer bits than ``dtype``, in another type of that size, or not at all.
         """
         require_block_range(first_block, self.num_blocks, self.num_blocks)
-        cast = None if dtype is None else getattr(torch, dtype)
-        if cast is not None and cast != self.dtype and cast.itemsize >= self.dtype.itemsize:
-            raise UsageError(
-                f"the weights are held as {str(self.dtype).removeprefix('torch.')}, their {dtype} fingerprint cannot be "
-                f"taken from it. Load the backbone with dtype {dtype}."
-            )
-        return weights.fingerprint(weights.named_weights(self, first_block, embedding=embedding, head=head), cast)
+        return weights.fingerprint_of(self, first_block, embedding=embedding, head=head, dtype=dtype)
 
     def flops_per_token(self, first_block: int, last_block: int, context: int | float) -> float:
-        """Forward FLOPs of one token through blocks ``first_block`` .. ``last_block - 1``.
+        """Forward FLOPs of one token through blocks ``first_block`` .. ``last_block - 1``: matrix products only.
 
-        Two per weight of every linear layer, plus four per attended position and attention channel
-        (products with keys and with values). Norms, activations and rotations are not counted.
-        ``context`` is the mean number of positions attended to, (T + 1) / 2 for a causal sequence
-        of T; sliding windows shorten it.
+        Two per weight of every linear layer, four per attended position and attention channel. ``context``
+        is the mean number of positions attended to, (T + 1) / 2 for a causal sequence of T; windows shorten it.
         """
         require_block_range(first_block, last_block, self.num_blocks)
         return weights.block_flops(self, range(first_block, last_block), context)

@@ -11,10 +11,22 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from dihal.errors import UsageError
+
 if TYPE_CHECKING:
     from dihal.backbone.model import Backbone
 
-__all__ = ["block_flops", "fingerprint", "linear_layers", "linear_names", "named_weights"]
+__all__ = [
+    "attention_window",
+    "block_flops",
+    "count",
+    "fingerprint",
+    "fingerprint_of",
+    "linear_layers",
+    "linear_names",
+    "lower_fingerprint",
+    "named_weights",
+]
 
 
 def _own(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -40,6 +52,12 @@ def named_weights(backbone: Backbone, first_block: int, *, embedding: bool, head
     return [(f"{role}.{name}", tensor) for role, module in parts for name, tensor in _own(module)]
 
 
+def count(backbone: Backbone, first_block: int, *, embedding: bool, head: bool) -> int:
+    """See `Backbone.parameter_count`."""
+    parts = named_weights(backbone, first_block, embedding=embedding, head=head)
+    return sum(tensor.numel() for tensor in {id(tensor): tensor for _, tensor in parts}.values())
+
+
 def _digest(item: tuple[str, Tensor], dtype: torch.dtype | None) -> bytes:
     name, tensor = item
     data = tensor.detach().to(dtype=dtype).cpu().contiguous()
@@ -57,6 +75,31 @@ def fingerprint(parts: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None =
     return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
+def fingerprint_of(backbone: Backbone, first_block: int, *, embedding: bool, head: bool, dtype: str | None) -> str:
+    """See `Backbone.fingerprint`."""
+    cast = None if dtype is None else getattr(torch, dtype)
+    if cast is not None and cast != backbone.dtype and cast.itemsize >= backbone.dtype.itemsize:
+        raise UsageError(
+            f"the weights are held as {str(backbone.dtype).removeprefix('torch.')}, their {dtype} fingerprint cannot be "
+            f"taken from it. Load the backbone with dtype {dtype}."
+        )
+    parts = named_weights(backbone, first_block, embedding=embedding, head=head)
+    if backbone.held is not None and any(tensor.is_meta for _, tensor in parts):
+        raise UsageError(
+            f"only the embedding and {backbone.held} blocks of {backbone.reference.id!r} were loaded: the other weights have "
+            "no fingerprint here. Load it whole (blocks=None), or ask for `lower_fingerprint`."
+        )
+    return fingerprint(parts, cast)
+
+
+def lower_fingerprint(backbone: Backbone, split: int, dtype: str | None = None) -> str:
+    """Hex sha256 over embedding and blocks below ``split``: what a bridge trained on state error alone has read."""
+    cast = None if dtype is None else getattr(torch, dtype)
+    path = tuple(f"block.{index}." for index in range(split))
+    named = named_weights(backbone, 0, embedding=True, head=False)
+    return fingerprint([item for item in named if item[0].startswith(("embedding.", *path))], cast)
+
+
 def linear_layers(block: nn.Module) -> list[tuple[str, nn.Module]]:
     """Every matrix product of a block: ``nn.Linear``, and GPT-2's transposed one."""
     from transformers.pytorch_utils import Conv1D
@@ -71,7 +114,8 @@ def linear_names(backbone: Backbone, first_block: int) -> list[str]:
     return [f"{path}.{index}.{name}" for index, block in blocks for name, _ in linear_layers(block)]
 
 
-def _window(backbone: Backbone, index: int) -> float:
+def attention_window(backbone: Backbone, index: int) -> float:
+    """Positions that a block attends to at most; infinite without a sliding window."""
     window = getattr(backbone.config, backbone.layout.windows, None) if backbone.layout.windows else None
     types = getattr(backbone.config, "layer_types", None)
     if window is None or (types is not None and types[index] != "sliding_attention"):
@@ -89,5 +133,5 @@ def block_flops(backbone: Backbone, blocks: range, context: int | float) -> floa
         # nn.Linear holds (out, in), Conv1D holds (in, out).
         width = output.weight.shape[1] if isinstance(output, nn.Linear) else output.weight.shape[0]
         total += 2.0 * sum(layer.weight.numel() for layer in linears.values())
-        total += 4.0 * min(context, _window(backbone, index)) * width
+        total += 4.0 * min(context, attention_window(backbone, index)) * width
     return total

@@ -4,8 +4,16 @@ The dataclasses are frozen and keyword-only, so that a resolved configuration ca
 beside a result and compared. ``dihal.config.cli`` turns command lines and YAML into them.
 """
 
+from dihal.config.circuits import (
+    CircuitsCompareConfig,
+    CircuitsHybridConfig,
+    CircuitsPlotConfig,
+    CircuitsRunConfig,
+    CircuitsSelftestConfig,
+)
 from dihal.config.evaluation import EvalConfig, GenerateConfig, LeaderboardConfig
 from dihal.config.frontier import FrontierConfig
+from dihal.config.masked import BoundConfig, MaskedConfig
 from dihal.config.method import (
     DenoiserConfig,
     LoraConfig,
@@ -23,7 +31,13 @@ from dihal.config.training import LogConfig, OptimConfig, TrainConfig, TrainerCo
 
 __all__ = [
     "BackboneConfig",
+    "BoundConfig",
     "BudgetConfig",
+    "CircuitsCompareConfig",
+    "CircuitsHybridConfig",
+    "CircuitsPlotConfig",
+    "CircuitsRunConfig",
+    "CircuitsSelftestConfig",
     "DataConfig",
     "DenoiserConfig",
     "EmbeddingConfig",
@@ -35,6 +49,7 @@ __all__ = [
     "LeaderboardConfig",
     "LogConfig",
     "LoraConfig",
+    "MaskedConfig",
     "MethodConfig",
     "ObjectiveConfig",
     "OptimConfig",

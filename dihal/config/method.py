@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from dihal.config.masked import MaskedConfig
 from dihal.config.spaces import EmbeddingConfig, KnownConfig, LatentConfig, SimplexConfig, WritingConfig
 
 __all__ = [
@@ -80,6 +81,8 @@ class DenoiserConfig:
     """Probability that a training step also sees its own earlier estimate; 0: off."""
     mask: Literal["causal", "bidirectional", "mixed"] = "causal"
     """Attention mask. `replace` needs `causal`."""
+    attention: Literal["auto", "sdpa", "flex"] = "auto"
+    """Kernel of the mask `mixed` where nothing is cached: `flex` skips what no position sees, `sdpa` computes all; `auto`: `flex` on CUDA once the blocks are compiled."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,20 +163,22 @@ class MethodConfig:
     """Blocks replaced. Give this or `split_from`."""
     split_from: str | None = None
     """A scores.json whose selected split is used."""
-    regime: Literal["replace", "generate"] = "replace"
-    """`replace`: every token of the context is known, causally. `generate`: a prefix is known, the rest is written."""
-    space: Literal["hidden", "embedding", "latent", "simplex"] = "hidden"
-    """State space."""
+    regime: Literal["replace", "generate", "mask"] = "replace"
+    """`replace`: every token of the context is known, causally. `generate`: a prefix is known, the rest is written. `mask`: the backbone itself is post-trained into a masked diffusion LM (method `masked`)."""
+    space: Literal["hidden", "embedding", "latent", "simplex", "tokens"] = "hidden"
+    """State space. `mask` has the discrete one, `tokens`, and no other regime has it."""
     embedding: EmbeddingConfig = field(default_factory=EmbeddingConfig)
     """Options of the space `embedding`."""
     latent: LatentConfig = field(default_factory=LatentConfig)
     """Options of the space `latent`."""
     simplex: SimplexConfig = field(default_factory=SimplexConfig)
     """Options of the space `simplex`."""
+    masked: MaskedConfig = field(default_factory=MaskedConfig)
+    """Options of the regime `mask`."""
     known: KnownConfig = field(default_factory=KnownConfig)
-    """What training gives under `generate`."""
+    """What training gives under `generate`; under `mask` with `masked.conditional`."""
     writing: WritingConfig = field(default_factory=WritingConfig)
-    """How text is written under `generate`."""
+    """How text is written under `generate` and `mask`."""
     process: ProcessConfig = field(default_factory=ProcessConfig)
     """Noising process."""
     time: TimeConfig = field(default_factory=TimeConfig)
@@ -185,6 +190,6 @@ class MethodConfig:
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     """Default sampler of the trained hybrid."""
     lora: LoraConfig = field(default_factory=LoraConfig)
-    """Adapters on the suffix."""
+    """Adapters on the suffix; under `mask` on all blocks, in place of training the weights."""
     normalisation_tokens: int = 65_536
     """Training tokens from which the state's mean and standard deviation are measured."""

@@ -68,7 +68,7 @@ class KnownConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class WritingConfig:
-    """How text is written (regime `generate`)."""
+    """How text is written (regimes `generate` and `mask`; each refuses what it has no use for)."""
 
     steps: int = 64
     """Denoising steps per block."""
@@ -92,6 +92,10 @@ class WritingConfig:
     """`confidence`: after every step a further share of the positions, the surest first, is fixed to its tokens."""
     guidance: float = 1.0
     """Classifier-free guidance on everything known; needs `objective.condition_dropout` in training."""
+    order: Literal["confidence", "entropy", "random"] = "confidence"
+    """`mask`: which positions a step reveals: those whose drawn token is the most probable, whose distribution has the least entropy, or random ones."""
+    top_p: float = 1.0
+    """`mask`: tokens are drawn from the smallest set that holds this share of the probability; 1: from all."""
     block: int | None = None
     """Positions denoised together, one block after another with the keys and values of what is written; None: all."""
     precision: Literal["float32", "bfloat16"] = "float32"

@@ -45,20 +45,30 @@ class TrainerConfig:
     """Processes per node."""
     nodes: int = 1
     """Nodes."""
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """With several processes: `ddp` replicates the bridge; `fsdp` shards it (FSDP2), for a bridge that does not fit."""
     precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
     """`auto`: bf16-mixed on GPUs, 32-true on CPUs."""
     accumulate: int = 1
     """Micro-batches per optimiser step."""
     compile: bool = False
     """Compile the denoiser and the frozen blocks in place."""
+    partial_backbone: bool = False
+    """Read and hold the embedding and the blocks below the split only: enough for state error alone under `replace`. The checkpoint then vouches for those weights, not for the suffix it will be read with."""
+    deterministic: bool = False
+    """Only kernels that give the same bits every time: on a GPU a resumed run then equals the uninterrupted one exactly, at some cost. A CPU needs nothing."""
     validate_every: int = 0
     """Optimiser steps between validations; 0: only at the end."""
     validate_batches: int = 8
     """Micro-batches per validation."""
     save_every: int = 0
-    """Optimiser steps between checkpoints; 0: only at the end and when stopped."""
+    """Optimiser steps between checkpoints, written beside the steps that follow; 0: only at the end and when stopped."""
     keep: int = 2
     """Checkpoints kept; the newest valid one is never deleted."""
+    max_nonfinite: int = 10
+    """Steps in a row whose loss or gradient is not finite after which the run ends with exit status 3. Each of them is skipped on all devices."""
+    skip_spike: float = 0.0
+    """Skip a step whose gradient norm exceeds this multiple of the running median; 0: off."""
 
 
 @dataclass(frozen=True, kw_only=True)

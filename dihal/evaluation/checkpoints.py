@@ -11,9 +11,8 @@ from dihal.config import TrainConfig
 from dihal.errors import UsageError
 from dihal.evaluation.result import BudgetTerms, TextTerms
 from dihal.io import hash_json, sha256_file
-from dihal.methods import Method
+from dihal.methods import AnyMethod
 from dihal.restore import restore_method
-from dihal.writer import Writer
 
 if TYPE_CHECKING:
     from dihal.backbone import Backbone
@@ -32,7 +31,7 @@ class Trained:
     """Name of the row: the run folder's, made longer where two would be equal."""
     checkpoint: Checkpoint
     config: TrainConfig
-    method: Method | Writer
+    method: AnyMethod
     weights: str
     """`ema` or `raw`, as loaded."""
 

@@ -8,10 +8,10 @@ from html import escape
 
 from dihal.evaluation import series, svg
 from dihal.evaluation.definitions import METRICS
-from dihal.evaluation.page_style import SCRIPT, STYLE
 from dihal.evaluation.ranking import Board, Entry
 from dihal.evaluation.result import TextResult
 from dihal.evaluation.table import COLUMNS, cells, describe
+from dihal.page_style import SCRIPT, STYLE
 
 __all__ = ["to_html"]
 

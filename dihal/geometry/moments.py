@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from dihal.errors import UsageError
 
-__all__ = ["Moments", "correlation", "spectrum", "spectrum_and_basis", "upper_gram"]
+__all__ = ["Moments", "add_upper_gram", "correlation", "cusolver", "spectrum", "spectrum_and_basis"]
 
 
 def _native_half(dtype: torch.dtype, device: torch.device) -> bool:
@@ -24,25 +27,45 @@ def work_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 _BLOCK = 144  # width of a block column of a CPU product
+_HALVES = 2_048  # from this width on a CUDA product is made in two block columns: three quarters of work and memory
 _ROWS = 256  # fewer tokens than this wait for more: many small products cost more than one
 
 
-def upper_gram(x: Float[Tensor, "tokens dim"]) -> Float[Tensor, "dim dim"]:
-    """Upper triangle of X^T X; what stands below the diagonal is unspecified.
+def _columns(dim: int, device: torch.device) -> list[tuple[int, int]]:
+    """First and last channel of each block column."""
+    if device.type == "cuda":
+        width = -(-dim // 2) if dim >= _HALVES else dim
+    else:
+        width = _BLOCK if dim >= 2 * _BLOCK else dim
+    return [(start, min(start + width, dim)) for start in range(0, dim, width)]
 
-    fp32 and fp64 in their own precision; half precision on CUDA with an fp32 result.
+
+def _packed(dim: int, flat: Tensor) -> list[tuple[int, int, Tensor]]:
+    """Block columns of an upper triangle held in a row: first and last channel, view (stop - start, dim - start)."""
+    found, offset = [], 0
+    for start, stop in _columns(dim, flat.device):
+        size = (stop - start) * (dim - start)
+        found.append((start, stop, flat[offset : offset + size].view(stop - start, dim - start)))
+        offset += size
+    return found
+
+
+def _packed_size(dim: int, device: torch.device) -> int:
+    return sum((stop - start) * (dim - start) for start, stop in _columns(dim, device))
+
+
+def _half_product(a: Tensor, b: Tensor) -> Tensor:
+    return torch.mm(a, b, out_dtype=torch.float32)
+
+
+def add_upper_gram(x: Float[Tensor, "tokens dim"], total: Float[Tensor, "packed"]) -> None:
+    """Add the upper triangle of X^T X to a sum of such, block column by block column.
+
+    fp32 and fp64 are multiplied in their own precision, half precision on CUDA with an fp32 result.
     """
-    if _native_half(x.dtype, x.device):
-        return torch.mm(x.mT, x, out_dtype=torch.float32)
-    dim = x.shape[1]
-    if x.is_cuda or dim < 2 * _BLOCK:
-        return x.mT @ x
-    # Block columns on and above the diagonal: a third of the work is saved at d = 576.
-    out = x.new_zeros(dim, dim)
-    for start in range(0, dim, _BLOCK):
-        stop = min(start + _BLOCK, dim)
-        torch.mm(x[:, start:stop].mT, x[:, start:], out=out[start:stop, start:])
-    return out
+    product = _half_product if _native_half(x.dtype, x.device) else torch.mm
+    for start, stop, block in _packed(x.shape[1], total):
+        block += product(x[:, start:stop].mT, x[:, start:])
 
 
 class Moments:
@@ -57,9 +80,10 @@ class Moments:
     Args:
         shift: any vector near the mean, shape (d,); zeros where states are multiplied in half precision.
         dtype: precision of the products.
+        wait: tokens that are collected before they are multiplied; with few tokens in all, no matrix is ever held.
     """
 
-    def __init__(self, shift: Float[Tensor, "dim"], dtype: torch.dtype) -> None:
+    def __init__(self, shift: Float[Tensor, "dim"], dtype: torch.dtype, *, wait: int = _ROWS) -> None:
         half = _native_half(dtype, shift.device)
         self.shift = torch.zeros_like(shift, dtype=torch.float64) if half else shift.to(dtype).double()
         self._dtype = dtype
@@ -67,8 +91,17 @@ class Moments:
         dim = shift.shape[0]
         self.count = 0
         self._total = torch.zeros(dim, dtype=torch.float64, device=shift.device)
-        self._second = torch.zeros(dim, dim, dtype=torch.float64, device=shift.device)
+        self._sums: Tensor | None = None
+        self._wait = wait
         self._waiting: list[Tensor] = []
+
+    @property
+    def _second(self) -> Float[Tensor, "packed"]:
+        """Sum of products of the tokens multiplied so far, upper triangle in block columns; made on first use."""
+        if self._sums is None:
+            dim, device = self._total.shape[0], self._total.device
+            self._sums = torch.zeros(_packed_size(dim, device), dtype=torch.float64, device=device)
+        return self._sums
 
     def add(self, x: Float[Tensor, "tokens dim"], scale: Float[Tensor, "tokens"] | None = None) -> None:
         """Add token vectors, each times its ``scale`` if given; the caller's tensor is not changed."""
@@ -83,15 +116,54 @@ class Moments:
             y = torch.addcmul(-self._shift, x.to(self._dtype), scale.to(self._dtype)[:, None])
         self.count += x.shape[0]
         self._waiting.append(y)
-        if sum(map(len, self._waiting)) >= _ROWS:
+        if sum(map(len, self._waiting)) >= self._wait:
             self._flush()
+
+    def add_chosen(
+        self,
+        x: Float[Tensor, "tokens dim"],
+        where: Int[Tensor, "left_out"],
+        scale: Float[Tensor, "tokens"] | None = None,
+    ) -> None:
+        """:meth:`add` all tokens but ``x[where]``.
+
+        Without a shift a token times zero adds nothing to any sum: nothing is gathered, one pass over ``x`` prepares
+        the product.
+        """
+        count = x.shape[0] - where.shape[0]
+        if self._shift is not None or count < self._wait:
+            chosen = torch.ones(x.shape[0], dtype=torch.bool, device=x.device).index_fill_(0, where, False)
+            rows = chosen.nonzero().squeeze(1)
+            self.add(x.index_select(0, rows), None if scale is None else scale[rows])
+            return
+        if scale is None and where.shape[0] == 0:
+            y = x.to(self._dtype)
+        else:
+            factor = x.new_ones(x.shape[0], dtype=torch.float32) if scale is None else scale.to(torch.float32)
+            factor = factor.index_fill(0, where, 0.0)
+            # Multiplied in fp32 and rounded once, in one pass.
+            y = torch.mul(x, factor[:, None], out=torch.empty_like(x, dtype=self._dtype))
+        self.count += count
+        self._multiply(y)
 
     def _flush(self) -> None:
         if self._waiting:
             y = self._waiting[0] if len(self._waiting) == 1 else torch.cat(self._waiting)
             self._waiting.clear()
-            self._total += y.sum(0, dtype=torch.float64 if y.is_cuda else None)
-            self._second += upper_gram(y)
+            self._multiply(y)
+
+    def _multiply(self, y: Tensor) -> None:
+        self._total += y.sum(0, dtype=torch.float64 if y.is_cuda else None)
+        add_upper_gram(y, self._second)
+
+    def settle(self) -> None:
+        """Multiply what waits: products then do not depend on what comes after."""
+        self._flush()
+
+    def sums(self) -> tuple[Float[Tensor, "dim"], Float[Tensor, "packed"]]:
+        """Sum of the tokens and of their products so far, fp64, to be added to those of other tokens in place."""
+        self._flush()
+        return self._total, self._second
 
     def merged(self, other: Moments) -> Moments:
         """Moments of both sets of tokens. Both must have been made with the same shift."""
@@ -101,7 +173,7 @@ class Moments:
         both = Moments(self.shift, self._dtype)
         both.count = self.count + other.count
         both._total = self._total + other._total
-        both._second = self._second + other._second
+        both._sums = self._second + other._second
         return both
 
     @property
@@ -115,8 +187,13 @@ class Moments:
         """Population covariance (divisor N), fp64, symmetric."""
         self._flush()
         offset = self._total / self.count
+        dim = offset.shape[0]
         # In place: five such matrices are made per layer, and each pass over fresh memory costs a millisecond or more.
-        cov = (self._second / self.count).addr_(offset, offset, alpha=-1)
+        cov = torch.empty(dim, dim, dtype=torch.float64, device=offset.device)
+        for start, stop, block in _packed(dim, self._second):
+            torch.div(block, self.count, out=cov[start:stop, start:])
+            cov[start:stop, :start] = 0
+        cov.addr_(offset, offset, alpha=-1)
         above = cov.triu(1)
         return cov.triu_().add_(above.mT)
 
@@ -135,35 +212,47 @@ def correlation(
     return (covariance / std[:, None]).div_(std), std
 
 
-def _in_backend(cov: Tensor, vectors: bool) -> tuple[Tensor, Tensor | None]:
-    # One large symmetric matrix on a GPU: cusolver is several times faster than magma (measured, traps.md).
-    chosen = torch.backends.cuda.preferred_linalg_library() if cov.is_cuda else None
+@contextlib.contextmanager
+def cusolver(device: torch.device) -> Iterator[None]:
+    """Scope of one large symmetric eigenproblem, or of several at a time, on a GPU.
+
+    cusolver is several times faster there than magma (measured, traps.md). The choice is process-wide: threads that
+    solve side by side are put into one such scope together.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    chosen = torch.backends.cuda.preferred_linalg_library()
+    torch.backends.cuda.preferred_linalg_library("cusolver")
     try:
-        if cov.is_cuda:
-            torch.backends.cuda.preferred_linalg_library("cusolver")
-        if vectors:
-            values, basis = torch.linalg.eigh(cov)
-            return values, basis
-        return torch.linalg.eigvalsh(cov), None
+        yield
+    finally:
+        torch.backends.cuda.preferred_linalg_library(chosen)
+
+
+def _eigen(cov: Tensor, vectors: bool) -> tuple[Tensor, Tensor | None]:
+    try:
+        with cusolver(cov.device):
+            if vectors:
+                values, basis = torch.linalg.eigh(cov)
+                return values, basis
+            return torch.linalg.eigvalsh(cov), None
     except torch.linalg.LinAlgError as error:
         raise UsageError(
             f"the eigenvalues of a covariance did not converge ({error}). "
             "Check the states for extreme values, or load the backbone with dtype float32."
         ) from error
-    finally:
-        if chosen is not None:
-            torch.backends.cuda.preferred_linalg_library(chosen)
 
 
 def spectrum(covariance: Float[Tensor, "dim dim"]) -> Float[Tensor, "dim"]:
     """Eigenvalues e_1 >= ... >= e_d, rounding below zero set to zero."""
-    return _in_backend(covariance, vectors=False)[0].flip(0).clamp_min(0)
+    return _eigen(covariance, vectors=False)[0].flip(0).clamp_min(0)
 
 
 def spectrum_and_basis(
     covariance: Float[Tensor, "dim dim"],
 ) -> tuple[Float[Tensor, "dim"], Float[Tensor, "dim dim"]]:
     """Eigenvalues as :func:`spectrum`, and the matching eigenvectors in columns."""
-    values, basis = _in_backend(covariance, vectors=True)
+    values, basis = _eigen(covariance, vectors=True)
     assert basis is not None
     return values.flip(0).clamp_min(0), basis.flip(1)

@@ -25,7 +25,7 @@ A share, so that a scale h -> a h still moves the curvature by exactly -2 log a.
 _MARGIN = 4  # candidates beyond k that are re-ranked exactly
 _GROUPS = 16  # points per group in the candidate search
 _ANCHORS_AT_ONCE = 128  # bounds the matrix of scores
-_GATHER_AT_ONCE = {"cpu": 2**18, "cuda": 2**26}  # numbers gathered together: a core's cache; few launches
+_GATHER_AT_ONCE = {"cpu": 2**18, "cuda": 2**24}  # numbers gathered together: a core's cache; few launches
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ from dihal.geometry.intervals import percentile_interval, resample_documents
 from dihal.geometry.layer import LayerNumbers, Sampling, assess_layer
 from dihal.geometry.parallel import layer_workers
 from dihal.geometry.proxies import RANKS, STIFFNESSES, score, spearman, z_scores
+from dihal.geometry.ranks import Ranks
 from dihal.geometry.report import CoordinateReport, LayerReport, ScoreReport, SplitReport
 from dihal.geometry.streaming import stream_statistics
 from dihal.geometry.windows import Draw, draw_documents, sample_pool
@@ -207,7 +208,12 @@ def _data_record(draw: Draw, config: ScoreConfig) -> dict[str, Any]:
 
 
 def score_layers(
-    backbone: Backbone, texts_or_ids: Iterable[Any], config: ScoreConfig | None = None, *, progress: bool = False
+    backbone: Backbone,
+    texts_or_ids: Iterable[Any],
+    config: ScoreConfig | None = None,
+    *,
+    progress: bool = False,
+    ranks: Ranks = Ranks(),  # noqa: B008 (frozen)
 ) -> ScoreReport:
     """Score every split of a backbone; select one.
 
@@ -222,6 +228,7 @@ def score_layers(
         texts_or_ids: documents: strings, or flat sequences of token ids of this backbone.
         config: options; None: the defaults.
         progress: show progress bars.
+        ranks: processes that share the work, each with the same backbone, text and options; all of them get the report.
 
     Returns:
         The report: numbers, intervals, definitions, provenance.
@@ -249,14 +256,17 @@ def score_layers(
     window_of = torch.searchsorted(draw.offsets, pool, right=True) - 1
     counts = resample_documents(draw.documents, config.bootstrap, config.seed) if config.bootstrap else None
     sampling = Sampling(pool_document=draw.document[window_of], anchor_preference=preference, counts=counts)
-    numbers: list[LayerNumbers] = []
+    own = [split for split in range(layers) if ranks.owns(split)]
+    assessed: dict[int, LayerNumbers] = {}
     with _progress(progress, draw.tokens, layers) as (forward, scored):
-        held = {layer.split: layer for layer in stream_statistics(backbone, draw, pool, config, forward)}
+        held = {layer.split: layer for layer in stream_statistics(backbone, draw, pool, config, forward, ranks)}
         with layer_workers(backbone.device) as over:
             # A layer is forgotten once it is scored: its pool is the largest thing held.
-            for layer in over(lambda split: assess_layer(held.pop(split), sampling, config), range(layers)):
-                numbers.append(layer)
-                scored(1)
+            found = over(lambda split: assess_layer(held.pop(split), sampling, config), own)
+            for split, layer in zip(own, found, strict=True):
+                assessed[split] = layer
+                scored(ranks.size)
+    numbers = ranks.gather(assessed, layers)
     candidates = torch.arange(layers) > 0
     by_coordinates = {name: _coordinate_report(numbers, name, candidates, config) for name in config.coordinates}
     resolved = {**dataclasses.asdict(config), "coordinates": list(config.coordinates)}

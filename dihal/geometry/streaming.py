@@ -14,7 +14,8 @@ to the proxies is reported without a second pass.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -23,7 +24,8 @@ from torch import Tensor
 from dihal.config import ScoreConfig
 from dihal.errors import UsageError
 from dihal.geometry.moments import Moments, work_dtype
-from dihal.geometry.parallel import LayerMap, layer_workers
+from dihal.geometry.parallel import layer_workers
+from dihal.geometry.ranks import Ranks
 from dihal.geometry.windows import Chunk, Draw, plan_chunks
 
 if TYPE_CHECKING:
@@ -73,7 +75,10 @@ class LayerStatistics:
         wide, count = x.to(norms.dtype), max(len(x), 1)
         raw, rms = wide.sum(0) / count, rms_scale(norms, x.shape[1]) @ wide / count
         self.kept = {"raw": Moments(raw, dtype), "rms": Moments(rms, dtype)}
-        self.dropped = {"raw": Moments(raw, dtype), "rms": Moments(rms, dtype)}
+        # Few tokens are dropped: they wait until a product of them is worth a matrix. In fp64 it does not matter
+        # which of them wait together, and so not how chunks are shared among processes.
+        few = {"wait": x.shape[1]} if x.is_cuda else {}
+        self.dropped = {name: Moments(m.shift, torch.float64, **few) for name, m in self.kept.items()}
         self.pool = x.new_zeros(self._pool_size, x.shape[1])
         self.pool_norms = norms.new_zeros(self._pool_size)
 
@@ -81,11 +86,14 @@ class LayerStatistics:
         norms = _norms(x)
         bad = int((~norms.isfinite()).sum())
         if bad:
-            raise UsageError(
-                f"the states of split {self.split} hold NaN or infinity in {bad} of {len(x)} tokens of a chunk. "
-                "Load the backbone with dtype float32 or bfloat16, or check its weights."
-            )
+            self._refuse(bad, len(x))
         return norms
+
+    def _refuse(self, bad: int, tokens: int) -> NoReturn:
+        raise UsageError(
+            f"the states of split {self.split} hold NaN or infinity in {bad} of {tokens} tokens of a chunk. "
+            "Load the backbone with dtype float32 or bfloat16, or check its weights."
+        )
 
     def add(
         self,
@@ -99,21 +107,33 @@ class LayerStatistics:
         Raises:
             UsageError: NaN or infinity in the states.
         """
-        norms = self._checked_norms(x)
-        self.tokens += len(x)
-        self.pool[slots] = x[rows]
-        self.pool_norms[slots] = norms[rows]
+        norms = _norms(x)
         first = first.to(x.device) if self._drop_first else torch.zeros_like(norms, dtype=torch.bool)
         large = norms > self.threshold
-        self.dropped_first += int(first.sum())
-        self.dropped_norm += int((large & ~first).sum())
-        dropped = first | large
+        # All that the host must know, in one transfer: on a GPU each is a wait for everything before it.
+        finite = norms.isfinite()
+        bad, dropped_first, dropped_norm = torch.stack([(~finite).sum(), first.sum(), (large & ~first).sum()]).tolist()
+        if bad:
+            self._refuse(bad, len(x))
+        self.tokens += len(x)
+        self.dropped_first += dropped_first
+        self.dropped_norm += dropped_norm
+        self.pool[slots] = x[rows]
+        self.pool_norms[slots] = norms[rows]
+        where = (first | large).nonzero().squeeze(1) if dropped_first + dropped_norm else slots[:0]
         scale = rms_scale(norms, x.shape[1])
-        for accumulators, chosen in ((self.kept, ~dropped), (self.dropped, dropped)):
-            where = chosen.nonzero().squeeze(1)
+        self.kept["raw"].add_chosen(x, where)
+        self.kept["rms"].add_chosen(x, where, scale)
+        for moments in self.kept.values():
+            moments.settle()
+        if len(where):
             part = x.index_select(0, where)
-            accumulators["raw"].add(part)
-            accumulators["rms"].add(part, scale[where])
+            self.dropped["raw"].add(part)
+            self.dropped["rms"].add(part, scale[where])
+
+    def forget(self) -> None:
+        """Give the memory back; another process has all of it."""
+        del self.kept, self.dropped, self.pool, self.pool_norms
 
     @property
     def pool_kept(self) -> Bool[Tensor, "pool"]:
@@ -121,14 +141,32 @@ class LayerStatistics:
         return self.pool_norms <= self.threshold
 
 
-def _consume(
-    layers: list[LayerStatistics], chunk: Chunk, states: dict[int, Tensor], pool: Tensor, over: LayerMap
-) -> None:
-    slots = torch.searchsorted(pool, chunk.index).clamp_max(len(pool) - 1)
-    rows = (pool[slots] == chunk.index).nonzero().squeeze(1)
-    slots = slots[rows]
-    for _ in over(lambda layer: layer.add(states.pop(layer.split), chunk.first, rows, slots), layers):
-        pass
+@dataclass(frozen=True, kw_only=True)
+class _Places:
+    """Where a chunk's tokens go, on the device of the states."""
+
+    first: Tensor
+    rows: Tensor
+    slots: Tensor
+    where: Tensor | None
+    """Real tokens among all of the chunk; None: all are."""
+
+    @classmethod
+    def of(cls, chunk: Chunk, pool: Tensor, device: torch.device) -> _Places:
+        slots = torch.searchsorted(pool, chunk.index).clamp_max(len(pool) - 1)
+        rows = (pool[slots] == chunk.index).nonzero().squeeze(1)
+        full = bool(chunk.real.all())
+        return cls(
+            first=chunk.first.to(device),
+            rows=rows.to(device),
+            slots=slots[rows].to(device),
+            where=None if full else chunk.real.flatten().nonzero().squeeze(1).to(device),
+        )
+
+    def real(self, state: Tensor) -> Tensor:
+        """(batch, time, d) -> (real tokens, d)."""
+        flat = state.flatten(0, 1)
+        return flat if self.where is None else flat[self.where]
 
 
 def stream_statistics(
@@ -137,6 +175,7 @@ def stream_statistics(
     pool: Int[Tensor, "pool"],
     config: ScoreConfig,
     advance: Callable[[int], None] | None = None,
+    ranks: Ranks = Ranks(),  # noqa: B008 (frozen)
 ) -> list[LayerStatistics]:
     """Run the backbone without its head and collect the statistics of h^0 .. h^(L-1).
 
@@ -145,7 +184,8 @@ def stream_statistics(
         draw: the scored tokens.
         pool: indices of the pool among them, ascending.
         config: chunk size and sink policy.
-        advance: called with the number of tokens of each chunk done.
+        advance: called with the number of tokens of each chunk done, by whichever process.
+        ranks: the processes that share the chunks. Each layer's statistics are whole on its owner and nowhere else.
 
     Raises:
         UsageError: NaN or infinity in the states of a layer.
@@ -157,29 +197,66 @@ def stream_statistics(
     def prepare(layer: LayerStatistics) -> None:
         layer.prepare([held[layer.split] for _, held in waiting], [done.first for done, _ in waiting])
 
-    with layer_workers(backbone.device) as over:
+    def add(layer: LayerStatistics, places: _Places, state: Tensor) -> None:
+        layer.add(state, places.first, places.rows, places.slots)
+
+    device = backbone.device
+    with layer_workers(device) as over:
         for number, chunk in enumerate(plan):
-            waiting.append((chunk, _states(backbone, chunk)))
+            mine = ranks.owns(number)
+            if not mine and not chunk.pilot:
+                if advance is not None:
+                    advance(len(chunk.index))
+                continue
+            if device.type != "cpu" and not chunk.pilot:
+                # Each layer's states are used as they appear and held no longer.
+                places = _Places.of(chunk, pool, device)
+                _visit(backbone, chunk, lambda split, state, p=places: add(layers[split], p, p.real(state)))
+                if advance is not None:
+                    advance(len(chunk.index))
+                continue
+            own = _states(backbone, chunk) if mine else {}
+            waiting.append((chunk, _shared(own, chunk, backbone, ranks, number) if chunk.pilot else own))
             if chunk.pilot and number + 1 < len(plan) and plan[number + 1].pilot:
                 continue
             if chunk.pilot:
                 list(over(prepare, layers))
-            for done, held in waiting:
-                _consume(layers, done, held, pool, over)
+            first = number + 1 - len(waiting)
+            for place, (done, held) in enumerate(waiting, first):
+                if not ranks.owns(place):
+                    continue
+                places = _Places.of(done, pool, device)
+                for _ in over(lambda layer, p=places, h=held: add(layer, p, h.pop(layer.split)), layers):
+                    pass
                 if advance is not None:
                     advance(len(done.index))
             waiting.clear()
+    ranks.merge(layers)
     return layers
 
 
+def _shared(own: dict[int, Tensor], chunk: Chunk, backbone: Backbone, ranks: Ranks, number: int) -> dict[int, Tensor]:
+    """The states of a chunk of the pilot on every process: each needs the medians and shifts that follow from them."""
+    like = torch.empty(len(chunk.index), backbone.hidden_size, dtype=backbone.dtype, device=backbone.device)
+    owner = ranks.owner(number)
+    return {split: ranks.share(own.get(split), owner, like) for split in range(backbone.num_blocks)}
+
+
 @torch.no_grad()
+def _visit(backbone: Backbone, chunk: Chunk, show: Callable[[int, Tensor], None]) -> None:
+    """Run the backbone on a chunk and show the states entering each block."""
+    mask = None if bool(chunk.real.all()) else chunk.real.to(backbone.device)
+    backbone.visit(chunk.input_ids.to(backbone.device), range(backbone.num_blocks), show, attention_mask=mask)
+
+
 def _states(backbone: Backbone, chunk: Chunk) -> dict[int, Tensor]:
     """States of the real tokens of a chunk, (tokens, d), by split."""
-    full = bool(chunk.real.all())
-    ids = chunk.input_ids.to(backbone.device)
-    mask = None if full else chunk.real.to(backbone.device)
-    states = backbone.states(ids, range(backbone.num_blocks), attention_mask=mask)
-    if mask is None:
-        return {split: state.flatten(0, 1) for split, state in states.items()}
-    where = mask.flatten().nonzero().squeeze(1)
-    return {split: states.pop(split).flatten(0, 1)[where] for split in list(states)}
+    found: dict[int, Tensor] = {}
+    where = None if bool(chunk.real.all()) else chunk.real.flatten().nonzero().squeeze(1).to(backbone.device)
+
+    def keep(split: int, state: Tensor) -> None:
+        flat = state.flatten(0, 1)
+        found[split] = flat if where is None else flat[where]
+
+    _visit(backbone, chunk, keep)
+    return found

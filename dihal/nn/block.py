@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from dihal.config.method import DenoiserConfig
+from dihal.nn.cache import StaticSlot
 from dihal.nn.layers import GatedMlp, RmsNorm, linear, mlp_width, rms_norm, rotate
 
 __all__ = ["Attention", "Block"]
 
-Past = tuple[Tensor, Tensor]
+Past = tuple[Tensor, Tensor] | StaticSlot
 
 
 class Attention(nn.Module):
@@ -26,16 +28,26 @@ class Attention(nn.Module):
         self.key_norm = RmsNorm(width // heads) if qk_norm else nn.Identity()
 
     def forward(
-        self, x: Tensor, angles: tuple[Tensor, Tensor], mask: Tensor | None, is_causal: bool, past: Past | None
-    ) -> tuple[Tensor, Past]:
+        self,
+        x: Tensor,
+        angles: tuple[Tensor, Tensor],
+        mask: Tensor | BlockMask | None,
+        is_causal: bool,
+        past: Past | None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Return the branch's output and all keys and values, past ones first."""
         batch, time, width = x.shape
         query, key, value = self.qkv(x).view(batch, time, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
         query = rotate(self.query_norm(query), angles).to(value.dtype)
         key = rotate(self.key_norm(key), angles).to(value.dtype)
-        if past is not None:
+        if isinstance(past, StaticSlot):
+            key, value = past.write(key, value)
+        elif past is not None:
             key, value = torch.cat([past[0], key], dim=2), torch.cat([past[1], value], dim=2)
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=is_causal)
+        if isinstance(mask, BlockMask):
+            mixed = flex_attention(query, key, value, block_mask=mask)
+        else:
+            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=is_causal)
         return self.out(mixed.transpose(1, 2).reshape(batch, time, width)), (key, value)
 
 
@@ -66,10 +78,10 @@ class Block(nn.Module):
         x: Tensor,
         time: Tensor,
         angles: tuple[Tensor, Tensor],
-        mask: Tensor | None,
+        mask: Tensor | BlockMask | None,
         is_causal: bool,
         past: Past | None = None,
-    ) -> tuple[Tensor, Past]:
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Return the new residual stream (batch, time, width) and the block's keys and values.
 
         ``time`` is the activated time embedding, (batch, 1 or time, time_dim).

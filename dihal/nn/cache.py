@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from jaxtyping import Float, Int
+import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-__all__ = ["DenoiserCache"]
+__all__ = ["DenoiserCache", "StaticDenoiserCache", "StaticPlace", "StaticSlot"]
 
 Heads = Float[Tensor, "batch heads total head_dim"]
+New = Float[Tensor, "batch heads new head_dim"]
 
 
 class DenoiserCache:
@@ -47,3 +49,65 @@ class DenoiserCache:
     def reorder(self, rows: Int[Tensor, "new_batch"]) -> None:
         """Replace the batch by the given rows of it (beam search, finished sequences)."""
         self._entries = [(keys[rows], values[rows]) for keys, values in self._entries]
+
+
+class StaticSlot:
+    """Room for the keys and values of one block, written in place: shapes never change, so that a pass can be a CUDA graph."""
+
+    def __init__(self, place: StaticPlace) -> None:
+        self._place = place
+        self._keys: Heads | None = None
+        self._values: Heads | None = None
+
+    def write(self, keys: New, values: New) -> tuple[Heads, Heads]:
+        """Put new keys and values (batch, heads, new, head_dim) at the positions of this pass; return the whole room."""
+        if self._keys is None or self._values is None:
+            batch, heads, _, size = keys.shape
+            self._keys = keys.new_zeros(batch, heads, self._place.length, size)
+            self._values = values.new_zeros(batch, heads, self._place.length, values.shape[-1])
+        self._keys.index_copy_(2, self._place.current, keys)
+        self._values.index_copy_(2, self._place.current, values)
+        return self._keys, self._values
+
+
+class StaticPlace:
+    """Which positions a pass writes, as a tensor that a captured pass reads anew each time.
+
+    Args:
+        length: positions there is room for.
+        device: where.
+    """
+
+    def __init__(self, length: int, device: torch.device) -> None:
+        self.length = length
+        self.next = torch.zeros(1, dtype=torch.int64, device=device)
+        """The position that a pass over one token writes."""
+        self.current = self.next
+        """The positions of the pass that runs now."""
+        self._every = torch.arange(length, device=device)
+
+    def prompt(self, tokens: int) -> None:
+        """The next pass is over the first ``tokens`` positions."""
+        self.current = self._every[:tokens]
+
+    def token(self) -> None:
+        """The passes that follow are over one token each, at :attr:`next`."""
+        self.current = self.next
+
+    def mask(self) -> Bool[Tensor, "1 1 new length"]:
+        """True where a position of this pass sees one of the room."""
+        return (self._every[None, :] <= self.current[:, None])[None, None]
+
+
+class StaticDenoiserCache:
+    """A :class:`DenoiserCache` of fixed size, for the mask `causal`; one per evaluation of the denoiser."""
+
+    def __init__(self, place: StaticPlace) -> None:
+        self.place = place
+        self._slots: dict[int, StaticSlot] = {}
+
+    def slot(self, block: int) -> StaticSlot:
+        """Room of a block."""
+        if block not in self._slots:
+            self._slots[block] = StaticSlot(self.place)
+        return self._slots[block]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from jaxtyping import Bool
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from dihal.errors import UsageError, unknown_name
 
-__all__ = ["MASKS", "visibility"]
+__all__ = ["MASKS", "block_visibility", "visibility"]
 
 MASKS = ("causal", "bidirectional", "mixed")
 
@@ -64,3 +65,26 @@ def visibility(
     if padding is not None:
         seen = (seen & padding[:, None, :]) | (key == query)[None]
     return seen[:, None], False
+
+
+def block_visibility(
+    known: Bool[Tensor, "batch length"], padding: Bool[Tensor, "batch length"] | None = None
+) -> BlockMask:
+    """The mask `mixed` of :func:`visibility`, without a cache, as FlexAttention takes it: blocks that nobody sees are skipped.
+
+    Made once per pass; every block of the network reads the same one.
+    """
+    batch, length = known.shape
+    real = torch.ones_like(known) if padding is None else padding
+
+    # Lambda: the library counts the arguments, and run-time shape checks would hide those of a function.
+    return create_block_mask(
+        lambda row, _, query, key: (
+            ((~known[row, query] | (known[row, key] & (key <= query))) & real[row, key]) | (key == query)
+        ),
+        batch,
+        None,
+        length,
+        length,
+        device=str(known.device),
+    )

@@ -10,9 +10,9 @@ from torch.nn import functional as F
 from dihal.config.method import DenoiserConfig
 from dihal.errors import UsageError, unknown_name
 from dihal.nn.block import Block
-from dihal.nn.cache import DenoiserCache
+from dihal.nn.cache import DenoiserCache, StaticDenoiserCache
 from dihal.nn.layers import RmsNorm, TimeEmbedding, linear, rms_norm, rotary
-from dihal.nn.masks import MASKS, visibility
+from dihal.nn.masks import MASKS, block_visibility, visibility
 from dihal.types import State, Time
 
 __all__ = ["NORMS", "DenoiserTransformer", "check_denoiser", "time_channels"]
@@ -88,6 +88,8 @@ class DenoiserTransformer(nn.Module):
         self.output_dim = state_dim if output_dim is None else output_dim
         self.condition_dim = condition_dim
         self.self_conditioned = config.self_conditioning > 0
+        self.compiled = False
+        """Whether :meth:`compile_blocks` was called."""
         width, time_dim = config.width, time_channels(config.width)
         self.input = linear(state_dim * (1 + self.self_conditioned) + (condition_dim or 0), width)
         self.time = TimeEmbedding(time_dim)
@@ -140,6 +142,25 @@ class DenoiserTransformer(nn.Module):
                 "Give keep= the number of leading positions that are known in every sequence, 0 for none."
             )
 
+    def compile_blocks(self) -> None:
+        """Compile every block in place; they share their graphs."""
+        for block in self.blocks:
+            block.compile()
+        self.compiled = True
+
+    def _flexible(self, device: torch.device) -> bool:
+        chosen = self.config.attention
+        # Not compiled, FlexAttention makes the whole matrix of scores in fp32.
+        automatic = chosen == "auto" and self.compiled and device.type == "cuda"
+        return self.config.mask == "mixed" and (chosen == "flex" or automatic)
+
+    def _check_static(self, position_ids: Tensor | None, padding: Tensor | None) -> None:
+        if self.config.mask != "causal" or position_ids is None or padding is not None:
+            raise UsageError(
+                "a cache of fixed size needs the mask 'causal', position_ids= and rows without padding; "
+                "use DenoiserCache otherwise."
+            )
+
     def forward(
         self,
         z_t: State,
@@ -150,7 +171,7 @@ class DenoiserTransformer(nn.Module):
         attention_mask: Bool[Tensor, "batch total"] | Int[Tensor, "batch total"] | None = None,
         known: Bool[Tensor, "batch time"] | None = None,
         self_condition: State | None = None,
-        cache: DenoiserCache | None = None,
+        cache: DenoiserCache | StaticDenoiserCache | None = None,
         keep: int | None = None,
         drop_condition: Bool[Tensor, "batch"] | Bool[Tensor, "batch time"] | None = None,
     ) -> Float[Tensor, "batch time output_dim"]:
@@ -182,7 +203,8 @@ class DenoiserTransformer(nn.Module):
             raise UsageError("self_condition= was given, but the denoiser was built with self_conditioning: 0.")
         dtype = self.head.weight.dtype
         batch, length = z_t.shape[:2]
-        past = 0 if cache is None else cache.length
+        static = isinstance(cache, StaticDenoiserCache)
+        past = 0 if cache is None or static else cache.length
         padding = None if attention_mask is None else attention_mask.bool()
         positions = self._positions(past, batch, length, padding, z_t.device)
         angles = rotary(
@@ -190,7 +212,15 @@ class DenoiserTransformer(nn.Module):
             self.config.width // self.config.heads,
             self.config.rope_theta,
         )
-        mask, is_causal = visibility(self.config.mask, length, past + length, z_t.device, padding=padding, known=known)
+        if static:
+            self._check_static(position_ids, padding)
+            mask, is_causal = cache.place.mask(), False
+        elif cache is None and known is not None and self._flexible(z_t.device):
+            mask, is_causal = block_visibility(known, padding), False
+        else:
+            mask, is_causal = visibility(
+                self.config.mask, length, past + length, z_t.device, padding=padding, known=known
+            )
 
         read, skipped = self._condition(condition, drop_condition, dtype)
         parts = [z_t.to(dtype)]
@@ -205,6 +235,9 @@ class DenoiserTransformer(nn.Module):
             x = x + self.time_input(F.silu(time))
         time = F.silu(time)
         for index, block in enumerate(self.blocks):
+            if static:
+                x, _ = block(x, time, angles, mask, is_causal, cache.slot(index))
+                continue
             x, kept = block(x, time, angles, mask, is_causal, None if cache is None else cache.past(index))
             if cache is not None and keep != 0:
                 stored = past + length if keep is None else past + keep

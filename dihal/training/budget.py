@@ -86,12 +86,16 @@ def plan_steps(
     )
 
 
+_LATER = ("skipped", "nonfinite_in_a_row", "gradient_norms")
+"""Counters that checkpoints of version 0.1.0 lack; a run then ended at the first step that was not finite."""
+
+
 @dataclass(kw_only=True)
 class Spent:
     """Counters of a run, all ranks together; what a resumed run starts from."""
 
     step: int = 0
-    """Optimiser steps."""
+    """Optimiser steps, skipped ones included: always the sequences seen divided by the global batch."""
     tokens: int = 0
     """Positions denoised."""
     samples_seen: int = 0
@@ -104,6 +108,12 @@ class Spent:
     """FLOPs of the newest step."""
     peak_memory: int = 0
     """Largest memory of the first rank's process, in bytes."""
+    skipped: int = 0
+    """Steps that did not move the weights."""
+    nonfinite_in_a_row: int = 0
+    """Steps skipped since the last finite one."""
+    gradient_norms: list[float] = field(default_factory=list)
+    """The newest finite gradient norms, oldest first; kept where spikes are skipped."""
 
     @property
     def total_flops(self) -> float:
@@ -126,7 +136,7 @@ class Spent:
         Raises:
             UsageError: counters are missing, as in checkpoints from before the ledger.
         """
-        names = [counter.name for counter in fields(cls)]
+        names = [counter.name for counter in fields(cls) if counter.name in state or counter.name not in _LATER]
         missing = [name for name in names if name not in state]
         if missing:
             raise UsageError(

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import resource
 import sys
-from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 
-from dihal.checkpoint import prune, save_checkpoint
 from dihal.config.convert import to_dict
-from dihal.errors import UsageError
+from dihal.training.guard import RunEnded, TrainingDiverged, named
 from dihal.training.ledger import unique_tokens
 from dihal.training.logs import Mirror, Record
 from dihal.training.module import BridgeModule, Step
 from dihal.training.optim import optimizer_state
 from dihal.training.progress import TrainingProgress
+from dihal.training.saving import Saver
 
 __all__ = ["RunCallback", "peak_memory"]
 
@@ -34,8 +33,7 @@ class RunCallback(L.Callback):
     """Keeps the record of a run, validates, saves, and stops it.
 
     Args:
-        folder: run folder.
-        manifest: origin of the numbers, for every checkpoint.
+        saver: writes the checkpoints; used on the first rank only.
         record: the record; None on all ranks but the first.
         mirrors: further places for records.
         progress: what a person sees.
@@ -44,20 +42,18 @@ class RunCallback(L.Callback):
 
     def __init__(
         self,
-        folder: Path,
         *,
-        manifest: dict[str, Any],
+        saver: Saver,
         record: Record | None,
         mirrors: list[Mirror],
         progress: TrainingProgress,
         quantities: dict[str, Any],
     ) -> None:
-        self.folder = folder
         self.signal = 0
         """The signal training stopped for; 0 where the budget was spent."""
         self.validation: dict[str, float] = {}
         """Newest validation."""
-        self._manifest = manifest
+        self._saver = saver
         self._record = record
         self._mirrors = mirrors
         self._progress = progress
@@ -86,9 +82,14 @@ class RunCallback(L.Callback):
         if step is None:
             return
         spent, config = pl_module.spent, pl_module.config
+        self._settle(pl_module)
+        if step.save_failed:
+            self._end_unsaved(trainer)
         over = pl_module.plan.is_spent(spent)
         record = None
-        if spent.step % config.log.every == 0 or over:
+        if step.skipped:
+            self._skipped(trainer, pl_module, step)
+        elif spent.step % config.log.every == 0 or over:
             record = self._train_record(trainer, pl_module, step)
             self._write(record)
         self._progress.update(spent.step, pl_module.plan.share(spent), record)
@@ -102,14 +103,15 @@ class RunCallback(L.Callback):
             self._save(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: BridgeModule) -> None:
-        """The last checkpoint."""
-        pl_module.clock.pause()
+        """The last checkpoint, whole before anything else happens."""
         if pl_module.spent.step != self._saved:
             self._save(trainer, pl_module)
+        self._finish_saving(trainer, pl_module)
         pl_module.signals.restore()
 
     def close(self) -> None:
         """Release files and terminal, whatever happened."""
+        self._saver.wait()
         self._progress.close()
         if self._record is not None:
             self._record.close()
@@ -153,27 +155,66 @@ class RunCallback(L.Callback):
         self._write({"kind": "validation", "step": spent.step, "tokens": spent.tokens, **self.validation})
         module.clock.start()
 
-    def _save(self, trainer: L.Trainer, module: BridgeModule) -> None:
-        module.clock.pause()
-        problem: str | None = None
+    def _skipped(self, trainer: L.Trainer, module: BridgeModule, step: Step) -> None:
+        """Record a step that moved nothing; end the run after too many that were not finite."""
+        spent, limit = module.spent, module.config.trainer.max_nonfinite
+        self._write(
+            {
+                "kind": "skipped",
+                "step": spent.step,
+                "tokens": spent.tokens,
+                "samples_seen": spent.samples_seen,
+                "reason": step.skipped,
+                "loss": step.loss,
+                "grad_norm": step.grad_norm,
+                "skipped": spent.skipped,
+                "sample_ids": step.sample_ids,
+            }
+        )
+        what = "is not finite" if step.skipped == "nonfinite" else "is a spike"
+        about = f"step {spent.step} {what}: loss {step.loss}, gradient norm {step.grad_norm}, samples {named(step.sample_ids)}"
         if trainer.is_global_zero:
-            try:
-                path = save_checkpoint(
-                    self.folder,
-                    tensors=self._tensors(module),
-                    state=self._state(trainer, module),
-                    config=to_dict(module.config),
-                    manifest_extra=self._manifest,
-                )
-                prune(self.folder, module.config.trainer.keep, valid=path)
-            except (UsageError, OSError) as error:
-                problem = str(error)
-        # All ranks wait for the outcome and share it: none trains on towards a checkpoint that is not there.
-        problem = trainer.strategy.broadcast(problem)
-        if problem is not None:
-            raise UsageError(problem)
+            self._progress.note(f"skipped: {about}")
+        if spent.nonfinite_in_a_row < limit:
+            return
+        spent.nonfinite_in_a_row = 0  # whoever goes on has as many steps again
+        # Earlier checkpoints stay: one of them may be the better place to go on from.
+        self._save(trainer, module, prunes=False)
+        self._finish_saving(trainer, module)
+        raise TrainingDiverged(
+            f"{limit} steps in a row were not finite (trainer.max_nonfinite), the last one: {about}. None of them moved "
+            f"the weights; step-{spent.step:08d} holds them, earlier checkpoints are untouched. Lower optim.lr, raise "
+            "optim.warmup or set optim.clip, then train again, or go on with resume=true: after these samples, or from "
+            "an earlier checkpoint if you remove this one."
+        )
+
+    def _settle(self, module: BridgeModule) -> None:
+        """Let the step after a save wait for it; learn of a save that failed."""
+        if self._saver.busy and module.spent.step == self._saver.step + 1:
+            module.clock.pause()
+            self._saver.settle()
+            module.clock.start()
+        module.save_failed = self._saver.problem is not None
+
+    def _save(self, trainer: L.Trainer, module: BridgeModule, *, prunes: bool = True) -> None:
+        module.clock.pause()
+        tensors = self._tensors(module)
+        if trainer.is_global_zero:
+            self._saver.start(tensors, self._state(trainer, module), to_dict(module.config), prunes=prunes)
         self._saved = module.spent.step
         module.clock.start()
+
+    def _finish_saving(self, trainer: L.Trainer, module: BridgeModule) -> None:
+        """All ranks wait for the outcome and share it."""
+        module.clock.pause()
+        self._saver.finish()
+        problem = trainer.strategy.broadcast(self._saver.problem)
+        if problem is not None:
+            raise RunEnded(problem)
+
+    def _end_unsaved(self, trainer: L.Trainer) -> None:
+        # None trains on towards a checkpoint that will not be there.
+        raise RunEnded(trainer.strategy.broadcast(self._saver.problem))
 
     @staticmethod
     def _tensors(module: BridgeModule) -> dict[str, dict[str, torch.Tensor]]:
@@ -184,7 +225,7 @@ class RunCallback(L.Callback):
         }
         if module.ema is not None:
             groups["ema"] = module.ema.state_dict()
-        return groups
+        return {name: module.whole(tensors) for name, tensors in groups.items()}
 
     def _state(self, trainer: L.Trainer, module: BridgeModule) -> dict[str, Any]:
         spent = module.spent
@@ -204,7 +245,7 @@ class RunCallback(L.Callback):
                 "peak_memory": spent.peak_memory,
                 **self._quantities,
             },
-            "validation": self.validation,
+            "validation": dict(self.validation),
         }
 
 

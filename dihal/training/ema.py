@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from dihal.errors import UsageError
 
@@ -19,6 +20,11 @@ def ema_decay(decay: float, updates: int) -> float:
     The warm-up keeps the random initial weights from lingering in the average of a short run.
     """
     return min(decay, (1 + updates) / (10 + updates))
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """What this rank holds: all of it, or its shard."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 class Ema:
@@ -46,22 +52,21 @@ class Ema:
         """average += (1 - decay) (parameter - average); call once per optimiser step."""
         self._follow_device()
         decay = ema_decay(self.decay, self.updates)
-        current = [parameter.detach().float() for parameter in self._parameters]
-        torch._foreach_lerp_(self._averages, current, 1.0 - decay)
+        current = [_own(parameter.detach()).float() for parameter in self._parameters]
+        torch._foreach_lerp_([_own(average) for average in self._averages], current, 1.0 - decay)
         self.updates += 1
 
     @contextlib.contextmanager
     def swapped(self) -> Iterator[None]:
         """The module holds the average inside the block and its own weights after it."""
         self._follow_device()
-        own = [parameter.detach().clone() for parameter in self._parameters]
-        with torch.no_grad():
-            torch._foreach_copy_(self._parameters, self._averages)
+        parameters = [_own(parameter.detach()) for parameter in self._parameters]
+        own = [parameter.clone() for parameter in parameters]
+        torch._foreach_copy_(parameters, [_own(average) for average in self._averages])
         try:
             yield
         finally:
-            with torch.no_grad():
-                torch._foreach_copy_(self._parameters, own)
+            torch._foreach_copy_(parameters, own)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Averages by parameter name, fp32."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from rich.console import Console
 from rich.table import Table
 
@@ -11,19 +9,19 @@ from dihal.backbone import Backbone
 from dihal.config import TrainConfig
 from dihal.config.cli import dump
 from dihal.errors import UsageError
+from dihal.masked import MaskedLM
 from dihal.meter import Meter
-from dihal.methods import Method
+from dihal.methods import AnyMethod
 from dihal.nn import count_parameters
-from dihal.nn.layers import mlp_width
 from dihal.training.budget import Plan, Spent
-from dihal.writer import Writer
+from dihal.training.memory import Memory, estimate_memory, reads_suffix
 
 __all__ = ["Memory", "estimate_memory", "flops_per_token", "parameters", "print_plan", "require_affordable"]
 
 _GIB = 1 << 30
 
 
-def parameters(backbone: Backbone, method: Method | Writer) -> dict[str, int]:
+def parameters(backbone: Backbone, method: AnyMethod) -> dict[str, int]:
     """Trainable and frozen parameters; the frozen ones are the backbone's."""
     return {
         "trainable_parameters": count_parameters(method),
@@ -31,17 +29,15 @@ def parameters(backbone: Backbone, method: Method | Writer) -> dict[str, int]:
     }
 
 
-def _reads_suffix(config: TrainConfig) -> bool:
-    return config.method.objective.cross_entropy > 0 or config.method.objective.kl > 0
-
-
-def flops_per_token(config: TrainConfig, backbone: Backbone, method: Method | Writer) -> dict[str, float]:
+def flops_per_token(config: TrainConfig, backbone: Backbone, method: AnyMethod) -> dict[str, float]:
     """FLOPs of one denoised position in training by part of ``dihal.meter.PARTS``, counted as training counts them.
 
     Exact under `replace` where the suffix is read from the start, else with the mean over the run. Under `generate`
     the space's own products are left out.
     """
     objective, batch, length = config.method.objective, config.data.batch_size, config.data.sequence_length
+    if isinstance(method, MaskedLM):
+        return method.flops_per_token(backbone, batch=batch, length=length)
     split, denoiser, positions = method.split, config.method.denoiser, batch * length
     times = positions if denoiser.mask == "mixed" else batch
     meter = Meter(backbone)
@@ -56,7 +52,7 @@ def flops_per_token(config: TrainConfig, backbone: Backbone, method: Method | Wr
     for weight in (objective.own, objective.read):
         if weight > 0:
             meter.head(positions, backward=True, part="own_head")
-    if _reads_suffix(config):
+    if reads_suffix(config):
         read = Meter(backbone)
         adapters = [] if method.adapters is None else method.adapters.parameters()
         read.suffix(split, batch=batch, new=length, backward=True, adapters=adapters)
@@ -83,66 +79,11 @@ def require_affordable(plan: Plan, spent: Spent, step: float) -> None:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Memory:
-    """Bytes of one process while it trains."""
-
-    backbone: int
-    weights: int
-    gradients: int
-    optimizer: int
-    average: int
-    activations: int
-
-    @property
-    def total(self) -> int:
-        """Sum of all parts."""
-        return sum(vars(self).values())
-
-
-def estimate_memory(config: TrainConfig, backbone: Backbone, method: Method | Writer) -> Memory:
-    """Estimate the peak memory of a training step, per process.
-
-    Weights, gradients, AdamW's two moments and the average are counted exactly (fp32). Activations
-    of a micro-batch are what the backward pass keeps: per position and block of the denoiser 17
-    vectors of its width and 4 of its MLP's (measured on the blocks of ``dihal.nn``), about 16
-    vectors of the state's size around it, and where the suffix is read 12 vectors of the hidden
-    size and 3 of the MLP's per frozen block, and one chunk of fp32 logits five times over.
-    """
-    trainable = count_parameters(method)
-    denoiser, objective = config.method.denoiser, config.method.objective
-    positions = config.data.batch_size * config.data.sequence_length
-    dim = backbone.hidden_size
-    compute = 2 if config.trainer.precision == "bf16-mixed" else 4
-    # Norms and residual streams stay fp32 under autocast: about half of what is kept.
-    mixed = (compute + 4) / 2
-    per_position = denoiser.depth * (17 * denoiser.width + 4 * mlp_width(denoiser.width, denoiser.mlp_ratio)) * mixed
-    per_position += 16 * dim * 4
-    activations = positions * per_position
-    if _reads_suffix(config):
-        held = 2 if config.backbone.dtype == "bfloat16" else 4
-        split = config.method.split or 0
-        blocks = backbone.num_blocks - split
-        weights = backbone.parameter_count(split, embedding=False, head=False) / max(1, blocks)
-        mlp = max(dim, (weights - 4 * dim * dim) / (3 * dim))
-        positions //= objective.suffix_every
-        activations += positions * blocks * (12 * dim + 3 * mlp) * held
-        activations += 5 * min(objective.logit_chunk, positions) * backbone.vocab_size * 4
-    return Memory(
-        backbone=backbone.weight_bytes,
-        weights=4 * trainable,
-        gradients=4 * trainable,
-        optimizer=8 * trainable,
-        average=4 * trainable if config.optim.ema > 0 else 0,
-        activations=int(activations),
-    )
-
-
 def print_plan(
     config: TrainConfig,
     plan: Plan,
     backbone: Backbone,
-    method: Method | Writer,
+    method: AnyMethod,
     flops: dict[str, float],
     *,
     console: Console | None = None,
@@ -177,7 +118,7 @@ def print_plan(
         affordable = int(plan.flops / (total * plan.tokens_per_step))
         table.add_row("FLOPs, budget", f"{plan.flops:.3g} (about {min(affordable, plan.steps):,} steps)")
     table.add_section()
-    for name, size in vars(memory).items():
+    for name, size in memory.parts.items():
         table.add_row(f"memory, {name}", f"{size / _GIB:.3f} GiB")
     table.add_row("memory per process, estimate", f"{memory.total / _GIB:.3f} GiB")
     console.print(table)

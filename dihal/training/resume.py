@@ -18,7 +18,10 @@ _FIXED = ("method.", "seed", "data.seed", "data.sequence_length", "backbone.dtyp
 # Changing these changes nothing about the result, or is checked by fingerprint.
 _FREE = ("out", "resume", "dry_run", "log.", "data.", "backbone.", "trainer.")
 
-_IDENTITIES = ("backbone_full_fingerprint", "tokenizer_fingerprint", "data_fingerprint")
+# Those among them that do change the result.
+_NOTED = ("trainer.skip_spike",)
+
+_IDENTITIES = ("backbone_full_fingerprint", "backbone_lower_fingerprint", "tokenizer_fingerprint", "data_fingerprint")
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
@@ -58,10 +61,11 @@ def check_resume(config: TrainConfig, plan: Plan, checkpoint: Checkpoint, manife
             "Resume with the options of the run (config.yaml in its folder), or train into another folder."
         )
     for name in _IDENTITIES:
-        if checkpoint.manifest[name] != manifest[name]:
+        before, now = checkpoint.manifest.get(name), manifest[name]
+        # Where only part of the backbone was or is loaded, that part is compared.
+        if None not in (before, now) and before != now:
             raise UsageError(
-                f"cannot go on from {str(checkpoint.path)!r}: {name} was {checkpoint.manifest[name]!r}, "
-                f"is {manifest[name]!r}. Resume with the backbone and the text of the run."
+                f"cannot go on from {str(checkpoint.path)!r}: {name} was {before!r}, is {now!r}. Resume with the backbone and the text of the run."
             )
 
 
@@ -70,7 +74,7 @@ def resume_notes(config: TrainConfig, checkpoint: Checkpoint) -> list[str]:
     changed = [
         f"{name} {before!r} -> {now!r}"
         for name, (before, now) in _changes(config, checkpoint).items()
-        if not _among(name, _FREE) and not _among(name, _FIXED)
+        if _among(name, _NOTED) or not (_among(name, _FREE) or _among(name, _FIXED))
     ]
     notes = [f"going on from {checkpoint.path.name}"]
     if changed:

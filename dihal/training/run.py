@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from dihal.backbone import Backbone, backbone_from_config
+from dihal.backbone.weights import lower_fingerprint
 from dihal.checkpoint import load_checkpoint
 from dihal.config import MethodConfig, TrainConfig
 from dihal.config.cli import config_hash, dump, to_dict
@@ -20,20 +21,23 @@ from dihal.data.batch import Batch
 from dihal.data.module import TextDataModule
 from dihal.errors import UsageError
 from dihal.io import ensure_dir, write_json, write_text
-from dihal.methods import Method, build_method
+from dihal.methods import AnyMethod, build_method
 from dihal.provenance import provenance
 from dihal.training.budget import Spent, plan_steps
 from dihal.training.callbacks import RunCallback
+from dihal.training.children import ending_with_parent, is_child, marked_as_parent
+from dihal.training.guard import RunEnded
 from dihal.training.ledger import preparation
 from dihal.training.logs import Record, build_mirrors, write_csv
+from dihal.training.memory import out_of_memory
 from dihal.training.module import BridgeModule
 from dihal.training.own_text import own_text, own_text_flops
 from dihal.training.plan import flops_per_token, parameters, print_plan, require_affordable
 from dihal.training.progress import TrainingProgress
 from dihal.training.resume import check_resume, resume_notes
-from dihal.training.setup import build_trainer, check_run_folder, resolve
+from dihal.training.saving import Saver
+from dihal.training.setup import build_trainer, check_run_folder, deterministic, resolve
 from dihal.training.signals import StopSignals, exit_code
-from dihal.writer import Writer
 
 __all__ = ["train"]
 
@@ -55,10 +59,16 @@ def train(config: TrainConfig, *, backbone: Backbone | None = None) -> Path:
 
     Raises:
         UsageError: options, data, backbone or file system; before training starts wherever possible.
-        TrainingDiverged: loss or gradient is not finite.
+        TrainingDiverged: loss or gradient was not finite for ``trainer.max_nonfinite`` steps in a row.
         SystemExit: stopped by a signal after saving; 143 for SIGTERM and SIGUSR1, 130 for SIGINT.
     """
     config = resolve(config)
+    with deterministic(config.trainer.deterministic):
+        return _train(config, backbone)
+
+
+def _train(config: TrainConfig, backbone: Backbone | None) -> Path:
+    """:func:`train` with resolved options."""
     plan = plan_steps(
         config.budget,
         sequence_length=config.data.sequence_length,
@@ -69,7 +79,7 @@ def train(config: TrainConfig, *, backbone: Backbone | None = None) -> Path:
     if config.dry_run:
         device = "cuda" if config.trainer.accelerator == "gpu" else "cpu"
         if backbone is None:
-            backbone = backbone_from_config(replace(config.backbone, device=device))
+            backbone = _load(config, device)
         method = _build(config, backbone)
         print_plan(config, plan, backbone, method, flops_per_token(config, backbone, method))
         return Path(config.out)
@@ -81,7 +91,7 @@ def train(config: TrainConfig, *, backbone: Backbone | None = None) -> Path:
     first = trainer.is_global_zero
     checkpoint = load_checkpoint(folder) if config.resume else None
     if backbone is None:
-        backbone = backbone_from_config(replace(config.backbone, device=str(trainer.strategy.root_device)))
+        backbone = _load(config, str(trainer.strategy.root_device))
     _check_length(config, backbone)
     data = TextDataModule(
         config.data,
@@ -150,8 +160,7 @@ def train(config: TrainConfig, *, backbone: Backbone | None = None) -> Path:
     if first:
         _write_config(folder, config)
     callback = RunCallback(
-        folder,
-        manifest=manifest,
+        saver=Saver(folder, manifest=manifest, keep=config.trainer.keep),
         record=Record(folder / "metrics.jsonl", resumed_step=spent.step) if first else None,
         mirrors=build_mirrors(config.log, folder, to_dict(config), step=spent.step) if first else [],
         progress=progress,
@@ -159,10 +168,18 @@ def train(config: TrainConfig, *, backbone: Backbone | None = None) -> Path:
     )
     trainer.callbacks.append(callback)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), marked_as_parent(trainer), ending_with_parent():
             # Lightning against newer torch; nothing a user can act on
             warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+            # A converted backbone trains without dropout, in evaluation mode
+            warnings.filterwarnings("ignore", message="Found .* module.s. in eval mode")
             trainer.fit(module, datamodule=data)
+    except torch.OutOfMemoryError as error:
+        raise UsageError(_too_large(config, backbone, method)) from error
+    except RunEnded:
+        if is_child():
+            raise SystemExit(0) from None  # the first process tells
+        raise
     except SystemExit:
         if signals.received:  # the second interrupt, which Lightning turns into status 1
             raise SystemExit(exit_code(signals.received)) from None
@@ -174,17 +191,29 @@ def train(config: TrainConfig, *, backbone: Backbone | None = None) -> Path:
             with suppress(UsageError):  # the table can be made again from the record
                 write_csv(folder / "metrics.jsonl", folder / "metrics.csv")
     if callback.signal:
-        raise SystemExit(exit_code(callback.signal))
+        raise SystemExit(0 if is_child() else exit_code(callback.signal))
     return folder
 
 
-def _build(config: TrainConfig, backbone: Backbone) -> Method | Writer:
+def _load(config: TrainConfig, device: str) -> Backbone:
+    """The backbone, or as much of it as training reads."""
+    blocks = config.method.split if config.trainer.partial_backbone else None
+    return backbone_from_config(replace(config.backbone, device=device), blocks=blocks)
+
+
+def _build(config: TrainConfig, backbone: Backbone) -> AnyMethod:
     """The method with weights drawn from the run's seed, on the backbone's device."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         method = build_method(config.method, backbone)
         method.attach(backbone)
     return method.to(backbone.device)
+
+
+def _too_large(config: TrainConfig, backbone: Backbone, method: AnyMethod) -> str:
+    """What to tell somebody whose GPU is too small."""
+    peak, limit = torch.cuda.max_memory_allocated(), torch.cuda.get_device_properties(backbone.device).total_memory
+    return out_of_memory(config, backbone, method, peak=peak, limit=limit)
 
 
 def _check_length(config: TrainConfig, backbone: Backbone) -> None:
@@ -212,16 +241,19 @@ def _normalisation_batches(data: TextDataModule, tokens: int) -> Iterator[Batch]
 def _manifest(backbone: Backbone, data: TextDataModule, method: MethodConfig) -> dict[str, Any]:
     """Origin of the numbers.
 
-    A hybrid needs the weights from the split on (``reads_from``), training and writing text all of them.
+    A hybrid needs the weights from the split on (``reads_from``), training and writing text all of them. Those that were
+    not loaded have no fingerprint.
     """
     split = int(method.split or 0)
     reads_from = split if method.regime == "replace" else 0
+    whole = backbone.held is None
     return {
         "backbone": asdict(backbone.reference),
         "split": split,
         "reads_from": reads_from,
-        "backbone_fingerprint": backbone.fingerprint(reads_from),
-        "backbone_full_fingerprint": backbone.fingerprint(),
+        "backbone_fingerprint": backbone.fingerprint(reads_from) if whole else None,
+        "backbone_full_fingerprint": backbone.fingerprint() if whole else None,
+        "backbone_lower_fingerprint": lower_fingerprint(backbone, split),
         "tokenizer_fingerprint": backbone.tokenizer_fingerprint,
         "data_fingerprint": data.fingerprint(),
         "data_statistics": data.statistics(),

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
+import math
 import os
+import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -17,8 +21,9 @@ from dihal.errors import UsageError
 from dihal.geometry.report import read_split
 from dihal.training.logs import check_logs
 from dihal.training.optim import check_optim
+from dihal.training.sharding import ShardedStrategy
 
-__all__ = ["build_trainer", "check_run_folder", "resolve"]
+__all__ = ["build_trainer", "check_run_folder", "deterministic", "resolve"]
 
 
 def _at_least(config: TrainConfig) -> None:
@@ -30,9 +35,14 @@ def _at_least(config: TrainConfig) -> None:
         ("validate_every", trainer.validate_every, 0),
         ("validate_batches", trainer.validate_batches, 0),
         ("save_every", trainer.save_every, 0),
+        ("max_nonfinite", trainer.max_nonfinite, 1),
     ):
         if value < lowest:
             raise UsageError(f"trainer.{name} is {value}; it must be at least {lowest}.")
+    if trainer.skip_spike != 0 and not 1 < trainer.skip_spike < math.inf:
+        raise UsageError(
+            f"trainer.skip_spike is {trainer.skip_spike}; it is a multiple of the median gradient norm: above 1, or 0 (off)."
+        )
     if trainer.devices != "auto" and trainer.devices < 1:
         raise UsageError(f"trainer.devices is {trainer.devices}; it must be at least 1, or auto.")
 
@@ -93,17 +103,64 @@ def _hardware(config: TrainConfig) -> TrainConfig:
 
 
 def _check_launch(config: TrainConfig) -> None:
-    """A launcher (torchrun) that started another number of processes would train something else, or hang."""
+    """A launcher (torchrun, srun) that started another number of processes would train something else, or hang."""
     expected = int(config.trainer.devices) * config.trainer.nodes
-    if "WORLD_SIZE" not in os.environ or "LOCAL_RANK" not in os.environ:
+    if "WORLD_SIZE" in os.environ and "LOCAL_RANK" in os.environ:
+        found, launcher = int(os.environ["WORLD_SIZE"]), "WORLD_SIZE"
+        fix = "Start torchrun with --nnodes and --nproc-per-node of that product"
+    elif "SLURM_STEP_NUM_TASKS" in os.environ:
+        found, launcher = int(os.environ["SLURM_STEP_NUM_TASKS"]), "SLURM_STEP_NUM_TASKS"
+        fix = "Give srun --nodes and --ntasks-per-node of that product"
+    elif expected > 1 and "SLURM_NTASKS" in os.environ and _in_batch():
+        # Not inside srun: Lightning would still wait for as many tasks as SLURM has granted.
+        found, launcher = 0, "the number of tasks that srun started"
+        fix = "Start the command with srun, as configs/slurm/train.sbatch does, or with torchrun"
+    else:
         return
-    found = int(os.environ["WORLD_SIZE"])
     if found != expected:
         raise UsageError(
-            f"WORLD_SIZE is {found}, but trainer.devices={config.trainer.devices} x trainer.nodes="
-            f"{config.trainer.nodes} is {expected}. Start torchrun with --nnodes and --nproc-per-node of that "
-            f"product, or set trainer.devices and trainer.nodes to match."
+            f"{launcher} is {found}, but trainer.devices={config.trainer.devices} x trainer.nodes="
+            f"{config.trainer.nodes} is {expected}. {fix}, or set trainer.devices and trainer.nodes to match."
         )
+
+
+def _check_partial(config: TrainConfig) -> None:
+    """Part of a backbone is enough only where nothing reads more."""
+    if not config.trainer.partial_backbone:
+        return
+    method, objective = config.method, config.method.objective
+    needs = {
+        f"method.regime {method.regime}": method.regime != "replace",
+        "method.objective.cross_entropy": objective.cross_entropy > 0,
+        "method.objective.kl": objective.kl > 0,
+        "method.objective.metric fisher": objective.metric == "fisher",
+        "method.lora": method.lora.rank > 0,
+        "data.own": config.data.own > 0,
+    }
+    found = [name for name, needed in needs.items() if needed]
+    if found:
+        raise UsageError(
+            f"trainer.partial_backbone holds no suffix, which {' and '.join(found)} needs. Train on state error alone, or "
+            "load the backbone whole."
+        )
+
+
+def _check_strategy(config: TrainConfig) -> None:
+    if config.trainer.strategy != "fsdp":
+        return
+    if int(config.trainer.devices) * config.trainer.nodes == 1:
+        warnings.warn("trainer.strategy=fsdp has no effect with one process.", stacklevel=3)
+    if config.method.regime != "replace":
+        raise UsageError(
+            f"trainer.strategy=fsdp shards the denoiser of the regime 'replace', not of {config.method.regime!r}. "
+            "Use trainer.strategy=ddp."
+        )
+    if config.optim.name == "muon":
+        raise UsageError("optim.name=muon needs whole matrices, which trainer.strategy=fsdp does not hold. Use adamw.")
+
+
+def _in_batch() -> bool:
+    return os.environ.get("SLURM_JOB_NAME") not in (None, "bash", "interactive")
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
@@ -119,8 +176,15 @@ def resolve(config: TrainConfig) -> TrainConfig:
     check_optim(config.optim)
     check_logs(config.log)
     config = replace(config, method=replace(config.method, split=_split(config), split_from=None))
+    if config.method.regime == "mask" and config.optim.name == "muon":
+        raise UsageError(
+            "optim.name muon is for the denoiser's matrices; the regime 'mask' trains the backbone's own weights. Set "
+            "optim.name to adamw, with a learning rate for fine-tuning (1e-4)."
+        )
+    _check_partial(config)
     config = _hardware(config)
     _check_launch(config)
+    _check_strategy(config)
     return config
 
 
@@ -137,6 +201,19 @@ def check_run_folder(config: TrainConfig) -> None:
         )
     if config.resume and not held:
         load_checkpoint(config.out)  # raises, listing what is there
+
+
+@contextlib.contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """Inside the block only kernels that give the same bits every time run, where ``wanted``."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def build_trainer(config: TrainConfig, callbacks: list[L.Callback]) -> L.Trainer:
@@ -159,6 +236,8 @@ def build_trainer(config: TrainConfig, callbacks: list[L.Callback]) -> L.Trainer
         known = inspect.signature(torch.nn.parallel.DistributedDataParallel).parameters
         buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
         strategy = DDPStrategy(**{buffers: False}, gradient_as_bucket_view=True)
+        if trainer.strategy == "fsdp":
+            strategy = ShardedStrategy()
     chosen = config.backbone.device
     return L.Trainer(
         accelerator=trainer.accelerator,

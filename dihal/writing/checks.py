@@ -66,6 +66,10 @@ def check_writing(config: WritingConfig, *, condition_dropout: float, own: bool 
     for name in ("temperature", "temperature_start"):
         if not getattr(config, name) >= 0:
             raise UsageError(f"writing.{name} is {getattr(config, name)}; it must not be negative. 0 is greedy.")
+    usual = WritingConfig()
+    for name in ("order", "top_p"):
+        if getattr(config, name) != getattr(usual, name):
+            raise UsageError(f"writing.{name} belongs to the regime 'mask'. Leave it out under 'generate'.")
     if config.block is not None and config.block < 1:
         raise UsageError(
             f"writing.block is {config.block}; a block has at least 1 position. Leave it out for one block."

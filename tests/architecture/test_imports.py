@@ -20,7 +20,7 @@ MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix("
 # A unit may import units of the levels above its own in this table (below it in the architecture), and itself.
 LEVELS = (
     ("types", "errors"),
-    ("io", "provenance", "random", "ties"),
+    ("io", "page_style", "provenance", "random", "ties"),
     ("config",),
     ("diffusion", "nn", "geometry.moments", "geometry.neighbours", "geometry.proxies", "geometry.intervals"),
     ("backbone", "data"),
@@ -28,12 +28,14 @@ LEVELS = (
     ("meter",),
     ("method_parts",),
     ("writing", "writer"),
+    ("masked",),
     ("methods", "checkpoint"),
     ("controls", "restore"),
-    ("hybrid",),
-    ("training", "evaluation"),
+    ("hybrid", "decoding"),
+    ("training", "evaluation", "circuits"),
     ("sweep",),
     ("cli",),
+    ("__main__",),
 )
 LEVEL = {unit: level for level, units in enumerate(LEVELS) for unit in units}
 # Pure functions within one package: they may use each other.
@@ -57,6 +59,9 @@ LIBRARIES = {
         "evaluation.plots": "the leaderboard figure",
         "evaluation.frontier.figure": "the frontier figure",
         "sweep.figure": "the sweep figure",
+        "circuits.figures": "the figures of one run",
+        "circuits.figures_compare": "the figures of a comparison",
+        "circuits.drawing": "the drawing of a circuit",
     },
     "wandb": {"training.logs": "a mirror"},
     "tensorboard": {"training.logs": "a mirror"},

@@ -66,6 +66,8 @@ def dihal_command(words: list[str]) -> tuple[str, list[str]] | None:
 def check(command: str, options: list[str]) -> None:
     if command in ("--help", "--version"):
         return
+    if command not in COMMANDS and options:  # a command of a group, such as `circuits run`
+        command, options = f"{command} {options[0]}", options[1:]
     assert command in COMMANDS, f"no command {command!r}"
     # --help and --print_config leave
     with contextlib.suppress(SystemExit):

@@ -18,10 +18,14 @@ from dihal.config.frontier import FrontierConfig
 from dihal.errors import UsageError
 from dihal.evaluation.frontier.result import read_row
 from dihal.evaluation.frontier.run import measure_frontier
+from dihal.evaluation.masked import main as masked_bound
 from dihal.evaluation.result import read_result
 from dihal.evaluation.run import evaluate
 from dihal.hybrid import load_hybrid
-from dihal.methods import METHODS, Method
+from dihal.io import read_json
+from dihal.masked import MaskedLM, load_masked, save_masked
+from dihal.masked.attention import full
+from dihal.methods import METHODS, AnyMethod, Method
 from dihal.restore import load_method
 from dihal.spaces.build import SPACES
 from dihal.writer import Writer
@@ -57,8 +61,18 @@ def generate(space: str, recovery: str, words: str = "", *, split: int = 2) -> C
     )
 
 
+def masked(name: str, words: str = "") -> Case:
+    # train.yaml has options of the other regimes: back to their defaults.
+    usual = "--method.denoiser.width 384 --method.denoiser.depth 6 --method.denoiser.heads 6 --method.objective.kl 0"
+    shared = (
+        "--method.name masked --method.regime mask --method.space tokens --method.time.terminal_fraction 0 "
+        f"--method.masked.anneal 0.5 --method.masked.conditional 0.5 {usual}"
+    )
+    return Case(name=f"mask, {name}", words=f"{shared} {words}", regime="mask", split=0)
+
+
 CASES = [
-    *(replace(name, f"--method.name {name}") for name in METHODS),
+    *(replace(name, f"--method.name {name}") for name in METHODS if name != "masked"),
     replace("split 0", "", split=0),
     replace("adapters", "--method.lora.rank 2 --method.lora.dropout 0.1"),
     replace("v, self-conditioning", "--method.process.parametrisation v --method.denoiser.self_conditioning 0.5"),
@@ -81,6 +95,9 @@ CASES = [
         for recovery in ("own", "stack")
     ),
     generate("hidden", "stack", "--method.lora.rank 2 --method.objective.condition_dropout 0.2"),
+    masked("weights"),
+    masked("weights, a token of the vocabulary", "--method.masked.mask_token <unk> --method.masked.weight uniform"),
+    masked("adapters", "--method.lora.rank 2 --method.lora.dropout 0.1"),
 ]
 
 
@@ -88,8 +105,8 @@ def test_everything_registered_has_a_case() -> None:
     words = [case.words.split() for case in CASES]
     assert set(METHODS) <= {word for line in words for word in line}
     spaces = {line[line.index("--method.space") + 1] for line in words if "--method.space" in line}
-    assert spaces == set(SPACES) == {"hidden", "embedding", "latent", "simplex"}
-    assert {case.regime for case in CASES} == {"replace", "generate"}
+    assert spaces - {"tokens"} == set(SPACES) == {"hidden", "embedding", "latent", "simplex"}
+    assert {case.regime for case in CASES} == {"replace", "generate", "mask"}
     assert len({case.name + str(case.split) for case in CASES}) == len(CASES)
 
 
@@ -101,6 +118,12 @@ def test_fit_stop_resume_sample_evaluate(
     if case.regime == "replace":
         sampled_by_the_hybrid(run, tmp_path)
         evaluated_beside_every_control(run, case, tmp_path)
+    elif case.regime == "mask":
+        written_in_every_order(run)
+        saved_as_a_plain_model(run, tmp_path)
+        bounded_beside_the_backbone(run, tmp_path)
+        evaluated_on_the_frontier(run, tmp_path, ORDERS)
+        refused_where_a_causal_model_is_needed(run, tmp_path, "mask")
     else:
         written_by_every_readout(run)
         evaluated_on_the_frontier(run, tmp_path)
@@ -115,10 +138,10 @@ def fitted_and_resumed(case: Case, dihal: Dihal, folder: Path, monkeypatch: pyte
     words = [*case.words.split(), "--method.split", case.split, "--trainer.save_every", 2]
     assert dihal("train", *words, "--out", folder / "whole") == 0
 
-    kind = Method if case.regime == "replace" else Writer
+    kind = {"replace": Method, "generate": Writer, "mask": MaskedLM}[case.regime]
     loss = kind.loss
 
-    def interrupted(self: Method | Writer, *args: object, step: int, **rest: object) -> object:
+    def interrupted(self: AnyMethod, *args: object, step: int, **rest: object) -> object:
         if step == 2 and self.training:
             os.kill(os.getpid(), signal.SIGTERM)
         return loss(self, *args, step=step, **rest)
@@ -234,33 +257,80 @@ def written_by_every_readout(run: Path) -> None:
     assert torch.equal(filled.tokens[:, 8:], ids[:, 8:]), "the text after the gap stays"
 
 
-def evaluated_on_the_frontier(run: Path, folder: Path) -> None:
+def evaluated_on_the_frontier(run: Path, folder: Path, ways: dict[str, str] = READOUTS) -> None:
     files = measure_frontier(
         FrontierConfig(
             checkpoints=(str(run),), samples=3, prompt_tokens=6, new_tokens=8, temperatures=(1.0,), steps=(2,),
-            variants=tuple(f"{label}: {options}" for label, options in READOUTS.items()), ngrams=(1, 3), mauve=False,
+            variants=tuple(f"{label}: {options}" for label, options in ways.items()), ngrams=(1, 3), mauve=False,
             self_bleu_samples=2, frechet_channels=2, batch_size=3, bootstrap=20, out=str(folder / "frontier"),
         )
     )  # fmt: skip
     rows = [read_row(path) for path in files]
     trained = [row for row in rows if row.kind == "checkpoint"]
-    assert len(trained) == len(READOUTS)
-    assert len(rows) == len(READOUTS) + 4, "backbone, real text and two n-gram samplers"
+    assert len(trained) == len(ways)
+    assert len(rows) == len(ways) + 4, "backbone, real text and two n-gram samplers"
     for row in rows:
         for point in row.points:
             for name, estimate in point.metrics.items():
                 assert estimate.value is None or math.isfinite(estimate.value), (row.name, name)
     for row in trained:
         (point,) = row.points
-        assert point.nfe == 2
+        assert point.nfe == (2 * 8 // row.writing["block"] if "block" in row.writing else 2)
         assert point.flops_per_token is not None
         assert point.flops_per_token > 0
 
 
-def refused_where_a_causal_model_is_needed(run: Path, folder: Path) -> None:
+def refused_where_a_causal_model_is_needed(run: Path, folder: Path, regime: str = "generate") -> None:
     """Teacher forcing and token-by-token generation say what to use in their place."""
     with pytest.raises(UsageError, match="dihal frontier"):
         evaluate(EvalConfig(checkpoints=(str(run),), tokens=200, samples=0, out=str(folder / "refused")))
     assert not (folder / "refused").exists()
-    with pytest.raises(UsageError, match="regime 'generate'"):
+    with pytest.raises(UsageError, match=f"regime '{regime}'"):
         load_hybrid(run)
+
+
+# -- mask ------------------------------------------------------------------------------------------------------------
+
+ORDERS = {"confidence": "order=confidence", "entropy": "order=entropy top_p=0.9", "blocks": "order=random block=4"}
+
+
+def written_in_every_order(run: Path) -> None:
+    import dataclasses
+
+    method, backbone = load_method(run)
+    assert isinstance(method, MaskedLM)
+    ids = torch.tensor([[0, 5, 9, 30, 41, 7, 7, 7, 7, 7], [0, 44, 8, 12, 6, 9, 9, 9, 9, 9]])
+    known = torch.arange(10).expand(2, 10) < torch.tensor([[5], [4]])
+    for order in ("confidence", "entropy", "random"):
+        writing = dataclasses.replace(method.config.writing, steps=3, order=order, temperature=1.0)
+        written = method.write(backbone, ids, known, writing=writing, sample_ids=torch.arange(2))
+        assert torch.equal(written.tokens[known], ids[known])
+        assert written.nfe == 3
+        assert 0 <= written.tokens.min() <= written.tokens.max() < backbone.vocab_size
+        assert method.mask_token_id not in written.tokens[~known].tolist()
+
+
+def saved_as_a_plain_model(run: Path, folder: Path) -> None:
+    method, backbone = load_method(run)
+    save_masked(method, backbone, folder / "plain", weights="ema")
+    loaded, converted = load_masked(folder / "plain", device="cpu")
+    ids = torch.tensor([[0, 5, method.mask_token_id, 30, 41]])
+    visible = full(torch.ones_like(ids, dtype=torch.bool))
+    left = method.head(backbone, method.features(backbone, ids, visible))
+    right = loaded.head(converted, loaded.features(converted, ids, visible))
+    assert torch.allclose(left, right[..., : left.shape[-1]], atol=1e-5)
+
+
+def bounded_beside_the_backbone(run: Path, folder: Path) -> None:
+    target = folder / "bound.json"
+    options = ["--tokens", "300", "--draws", "2", "--bootstrap", "20", "--out", str(target)]
+    assert masked_bound(["--checkpoint", str(run), *options]) == 0
+    result = read_json(target)
+    for name in ("bound", "backbone_nll", "bound_minus_backbone"):
+        value = result[name]
+        assert value["low"] <= value["value"] <= value["high"]
+    assert result["bound_minus_backbone"]["value"] == pytest.approx(
+        result["bound"]["value"] - result["backbone_nll"]["value"]
+    )
+    assert result["monte_carlo_error"] > 0
+    assert masked_bound(["--checkpoint", str(run / "nosuch"), *options]) == 2

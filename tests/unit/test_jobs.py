@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
+
+from dihal.cli import COMMANDS
+from dihal.config.cli import parse
 
 ROOT = Path(__file__).parents[2]
 
@@ -52,15 +57,20 @@ def test_time_values_and_selection(tmp_path: Path) -> None:
     assert "--set where=" in queue(tmp_path, jobs).stderr
 
 
-def test_the_shipped_file_reads_and_names_configurations_that_exist() -> None:
+@pytest.mark.parametrize("file", ["comparison.yaml", "circuits.yaml"])
+def test_the_shipped_files_read_and_name_configurations_that_exist(file: str) -> None:
     sys.path.insert(0, str(ROOT / "benchmarks"))
     try:
         from jobs import read_jobs
     finally:
         sys.path.pop(0)
-    jobs = read_jobs(ROOT / "benchmarks" / "comparison.yaml", {"docs": "docs.jsonl.gz"})
+    jobs = read_jobs(ROOT / "benchmarks" / file, {"docs": "docs.jsonl.gz"})
     assert len(jobs) > 10
     words = {word for job in jobs for line in job.run for word in line.split()}
     files = {word for word in words if word.startswith(("configs/", "benchmarks/"))}
     assert files
     assert [file for file in files if not (ROOT / file).exists()] == []
+    for line in (shlex.split(line) for job in jobs for line in job.run):
+        if line[0] == "dihal":
+            command = next(name for name in (" ".join(line[1:3]), line[1]) if name in COMMANDS)
+            parse(COMMANDS[command].config, line[1 + len(command.split()) :], prog="dihal")

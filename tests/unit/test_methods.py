@@ -73,7 +73,7 @@ def trained(backbone, method, steps: int = 30, **batch):
     return losses
 
 
-@pytest.mark.parametrize("name", sorted(METHODS))
+@pytest.mark.parametrize("name", sorted(set(METHODS) - {"masked"}))
 @pytest.mark.parametrize(
     "objective",
     [

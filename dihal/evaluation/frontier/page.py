@@ -18,7 +18,7 @@ from dihal.evaluation.frontier.table import (
     point_columns,
 )
 from dihal.evaluation.generation import SEPARATOR
-from dihal.evaluation.page_style import SCRIPT, STYLE
+from dihal.page_style import SCRIPT, STYLE
 
 __all__ = ["to_html"]
 

@@ -11,9 +11,10 @@ from dihal.config.frontier import FrontierConfig
 from dihal.errors import UsageError
 from dihal.evaluation.checkpoints import Trained
 from dihal.evaluation.frontier.sources import BackboneSource, BridgeSource, NgramSource, Source, WriterSource
-from dihal.evaluation.frontier.variants import Variant, parse_variants
+from dihal.evaluation.frontier.variants import Variant, parse_variants, variants_for
 from dihal.evaluation.ngram import NgramModel
 from dihal.io import hash_json
+from dihal.masked import MaskedLM
 
 if TYPE_CHECKING:
     from dihal.backbone import Backbone
@@ -102,6 +103,8 @@ def plan_rows(
     ]
     for item in trained:
         frozen = backbone.parameter_count(item.method.split)
+        # A converted backbone is its own network: the original is not run beside it.
+        own = isinstance(item.method, MaskedLM) and item.method.decoder is not None
         if item.config.method.regime == "replace":
             steps = (1,) if item.method.noise_scale == 0.0 else tuple(sorted(set(config.bridge_steps)))
             rows.append(
@@ -127,9 +130,9 @@ def plan_rows(
                 ),
                 trained=item,
                 variant=variant,
-                frozen_parameters=whole,
+                frozen_parameters=0 if own else whole,
             )
-            for variant in variants
+            for variant in variants_for(item.config.method.regime, variants)
         ]
     return rows + _ngrams(config, backbone, training, temperatures)
 

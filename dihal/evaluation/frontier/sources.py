@@ -112,11 +112,11 @@ class BridgeSource:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class WriterSource:
-    """A checkpoint of the regime `generate`: all new tokens of a block at once."""
+    """A checkpoint of the regime `generate` or `mask`: all new tokens of a block at once."""
 
     backbone: Backbone
     writer: Any
-    """A `dihal.writer.Writer`: its ``write`` and ``config.writing`` are used."""
+    """A `dihal.writer.Writer` or `dihal.masked.MaskedLM`: its ``write`` and ``config.writing`` are used."""
     variant: Variant
     batch_size: int
 

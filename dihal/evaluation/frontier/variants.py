@@ -9,8 +9,12 @@ from typing import Any
 from dihal.config.cli import parse
 from dihal.config.spaces import WritingConfig
 from dihal.errors import UsageError
+from dihal.masked.checks import USED_IN_WRITING
 
-__all__ = ["Variant", "parse_variant", "parse_variants"]
+__all__ = ["Variant", "parse_variant", "parse_variants", "variants_for"]
+
+_OF_MASK = {"order", "top_p"}
+"""Options that only the regime `mask` has; those it shares with `generate` are `dihal.masked.checks.USED_IN_WRITING`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,3 +67,16 @@ def parse_variants(texts: tuple[str, ...]) -> list[Variant]:
     if len(set(labels)) < len(labels):
         raise UsageError(f"two variants share a label: {', '.join(labels)}. Give each its own.")
     return found
+
+
+def variants_for(regime: str, variants: list[Variant]) -> list[Variant]:
+    """The variants whose options a regime has; where it has none of them all, the checkpoint's own way without a label.
+
+    Checkpoints of both regimes that write share one list: each takes what is meant for it.
+    """
+
+    def fits(variant: Variant) -> bool:
+        named = set(variant.options)
+        return named <= set(USED_IN_WRITING) if regime == "mask" else not named & _OF_MASK
+
+    return [variant for variant in variants if fits(variant)] or [Variant(label="", options={})]

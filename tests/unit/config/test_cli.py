@@ -154,7 +154,7 @@ def test_empty_file_and_yaml_merge_keys(files):
         (["optim.betas=1,2,3"], "optim.betas: expected a list of 2 values"),
         (["optim.betas=[1,2"], "is not a list"),
         (["method.process.schedule=cosin"], "expected one of cosine, linear, log_linear.*Did you mean 'cosine'"),
-        (["method.regime=gnerate"], "method.regime: expected one of replace, generate, found 'gnerate'"),
+        (["method.regime=gnerate"], "method.regime: expected one of replace, generate, mask, found 'gnerate'"),
         (["--seed"], "--seed needs a value"),
         (["--seed", "--resume"], "--seed needs a value"),
         (["demo.yaml"], "cannot understand 'demo.yaml'"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dihal.geometry.moments import Moments, correlation, spectrum, spectrum_and_basis, upper_gram
+from dihal.geometry.moments import Moments, correlation, spectrum, spectrum_and_basis
 
 
 def states(n: int, d: int, seed: int = 0) -> torch.Tensor:
@@ -51,9 +51,41 @@ def test_merging_equals_adding_everything() -> None:
 
 
 @pytest.mark.parametrize("d", [5, 384, 500])
-def test_upper_gram_is_complete_on_and_above_the_diagonal(d: int) -> None:
+def test_the_covariance_is_whole_whatever_its_block_columns(d: int) -> None:
     x = torch.randn(60, d, dtype=torch.float64)
-    torch.testing.assert_close(upper_gram(x).triu(), (x.T @ x).triu())
+    moments = Moments(torch.zeros(d, dtype=torch.float64), torch.float64)
+    moments.add(x)
+    torch.testing.assert_close(moments.covariance, torch.cov(x.T, correction=0))
+    assert moments._second.numel() <= (d * d if d < 288 else 0.7 * d * d)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_leaving_tokens_out_equals_adding_the_others(half: bool, monkeypatch) -> None:
+    from dihal.geometry import moments
+
+    if half:  # as on CUDA, with a product that a CPU has
+        monkeypatch.setattr(moments, "_native_half", lambda dtype, device: dtype == torch.bfloat16)
+        monkeypatch.setattr(moments, "_half_product", lambda a, b: a.float() @ b.float())
+    dtype = torch.bfloat16 if half else torch.float32
+    x = states(400, 40).to(dtype)
+    scale = torch.rand(400) + 0.5
+    where = torch.tensor([0, 7, 200, 399])
+    x[7] *= 1000
+    kept = torch.ones(400, dtype=torch.bool).index_fill_(0, where, False)
+    for factor in (None, scale):
+        one, two = (Moments(x[kept].float().mean(0), dtype) for _ in range(2))
+        one.add_chosen(x, where, factor)
+        two.add(x[kept], None if factor is None else factor[kept])
+        assert one.count == two.count == 396
+        torch.testing.assert_close(one.covariance, two.covariance, rtol=1e-6, atol=1e-6 * float(two.covariance.max()))
+        torch.testing.assert_close(one.mean, two.mean, rtol=1e-6, atol=1e-6)
+
+
+def test_few_tokens_hold_no_matrix() -> None:
+    moments = Moments(torch.zeros(300), torch.float32, wait=300)
+    moments.add(torch.randn(20, 300))
+    assert moments._sums is None
+    assert moments.covariance.shape == (300, 300)
 
 
 def test_correlation_leaves_a_constant_channel_at_zero() -> None:

@@ -50,7 +50,7 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _quiet(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     monkeypatch.setenv("DIHAL_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-    for name in ("WORLD_SIZE", "LOCAL_RANK", "RANK"):
+    for name in ("WORLD_SIZE", "LOCAL_RANK", "RANK", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "SLURM_JOB_NAME"):
         monkeypatch.delenv(name, raising=False)
     warnings.filterwarnings("ignore", category=UserWarning, module="lightning")
 

@@ -1,4 +1,4 @@
-"""Runs in processes of their own: signals from outside, two ranks."""
+"""Two ranks under torchrun. What they compute, and what kills and signals do: tests/integration."""
 
 from __future__ import annotations
 
@@ -12,13 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from dihal.checkpoint import list_checkpoints, load_checkpoint
+from dihal.checkpoint import load_checkpoint
 from dihal.config import TrainConfig
 from dihal.config.convert import to_dict
 from dihal.training.logs import read_records
-from dihal.training.run import train
-from tests.unit.training.conftest import Make, resumed
-from tests.unit.training.test_run import same_tensors, stream
+from tests.unit.training.conftest import Make
 
 WORKER = """
 import json, os, pathlib, sys, torch
@@ -59,50 +57,7 @@ def wait_for_step(config: TrainConfig, step: int, process: subprocess.Popen[str]
     pytest.fail("no progress")
 
 
-def test_stopped_and_resumed_equals_uninterrupted(make: Make, tmp_path: Path) -> None:
-    whole = make(steps=60, out=tmp_path / "whole", **{"log.every": 5, "trainer.validate_batches": 0})
-    process = start(whole, tmp_path / "job")
-    wait_for_step(whole, 10, process)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
-    assert process.returncode == 143
-    stopped = load_checkpoint(whole.out).state["step"]
-    assert 10 <= stopped < 60
-    again = start(resumed(whole), tmp_path / "job2")
-    _, errors = again.communicate(timeout=120)
-    assert again.returncode == 0, errors
-    straight = make(steps=60, out=tmp_path / "straight", **{"log.every": 5, "trainer.validate_batches": 0})
-    other = start(straight, tmp_path / "job3")
-    _, errors = other.communicate(timeout=120)
-    assert other.returncode == 0, errors
-    assert stream(whole.out) == stream(straight.out)
-    assert same_tensors(whole.out, straight.out)
-
-
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-
-
-def test_two_processes_equal_one(make: Make, tmp_path: Path) -> None:
-    """The same global batch on two ranks: the same samples, times and noise, so the same losses."""
-    suffix = {"method.objective.kl": 0.5, "trainer.save_every": 4}
-    one = make(steps=8, out=tmp_path / "one", **suffix)
-    train(one)
-    two = make(
-        steps=8,
-        out=tmp_path / "two",
-        **suffix,
-        **{"data.batch_size": 1, "trainer.accumulate": 2, "trainer.devices": 2},
-    )
-    process = start(two, tmp_path / "job", *TORCHRUN)
-    _, errors = process.communicate(timeout=200)
-    assert process.returncode == 0, errors
-    assert [path.name for path in list_checkpoints(two.out)] == ["step-00000004", "step-00000008"]
-    left, right = stream(one.out), stream(two.out)
-    assert [row[:3] for row in left] == [row[:3] for row in right]
-    for a, b in zip(left, right, strict=True):
-        assert b[3] == pytest.approx(a[3], rel=1e-5)
-        assert b[6] == pytest.approx(a[6], rel=1e-4)
-    assert load_checkpoint(two.out).state["tokens"] == load_checkpoint(one.out).state["tokens"]
 
 
 def test_one_rank_signalled_stops_both(make: Make, tmp_path: Path) -> None:

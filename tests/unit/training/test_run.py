@@ -16,9 +16,11 @@ from dihal.checkpoint import list_checkpoints, load_checkpoint
 from dihal.config import BudgetConfig
 from dihal.errors import UsageError
 from dihal.methods import Method
+from dihal.training.guard import TrainingDiverged
 from dihal.training.logs import read_records
-from dihal.training.module import BridgeModule, TrainingDiverged
+from dihal.training.module import BridgeModule
 from dihal.training.run import train
+from dihal.writer import Writer
 from tests.unit.training.conftest import BATCH, LENGTH, Make, resumed
 
 STABLE = ("step", "tokens", "samples_seen", "loss", "state", "explained", "grad_norm", "lr")
@@ -99,6 +101,18 @@ def test_accumulation_equals_the_larger_batch(make: Make, tmp_path: Path) -> Non
         assert left[6] == pytest.approx(right[6], rel=1e-4)
 
 
+def dies_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Fail before this step (counted from 0) counts."""
+    finish = BridgeModule._finish_step
+
+    def dies(self: BridgeModule) -> object:
+        if self.spent.step == step:
+            raise RuntimeError("killed")
+        return finish(self)
+
+    monkeypatch.setattr(BridgeModule, "_finish_step", dies)
+
+
 @pytest.mark.parametrize("changes", [{}, {"method.denoiser.dropout": 0.1, "trainer.accumulate": 2}])
 def test_resume_is_bit_identical(make: Make, tmp_path: Path, changes: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     accumulate = changes.get("trainer.accumulate", 1)
@@ -110,14 +124,7 @@ def test_resume_is_bit_identical(make: Make, tmp_path: Path, changes: dict, monk
 
     # Cut at step 5: two steps after the last checkpoint, as kill -9 would.
     cut = replace(whole, out=str(tmp_path / "cut"))
-    finish = BridgeModule._finish_step
-
-    def dies(self: BridgeModule) -> object:
-        if self.spent.step == 5:
-            raise RuntimeError("killed")
-        return finish(self)
-
-    monkeypatch.setattr(BridgeModule, "_finish_step", dies)
+    dies_at(monkeypatch, 5)
     with pytest.raises(RuntimeError, match="killed"):
         train(cut)
     monkeypatch.undo()
@@ -204,21 +211,81 @@ def test_keep(make: Make) -> None:
     assert [p.name for p in list_checkpoints(config.out)] == ["step-00000004", "step-00000005"]
 
 
-def test_non_finite_loss_stops_before_the_weights_move(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = make(steps=6, **{"trainer.save_every": 1})
-    loss = Method.loss
+def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int], factor: float = float("nan"), kind: type = Method) -> None:
+    """Multiply the loss in these steps (counted from 0)."""
+    loss = kind.loss
 
-    def poisoned(self: Method, backbone: object, batch: object, *, step: int, **rest: object) -> object:
+    def poisoned(self: Method | Writer, backbone: object, batch: object, *, step: int, **rest: object) -> object:
         out = loss(self, backbone, batch, step=step, **rest)
-        return replace(out, total=out.total * float("nan")) if step == 3 else out
+        return replace(out, total=out.total * factor) if step in steps else out
 
-    monkeypatch.setattr(Method, "loss", poisoned)
-    with pytest.raises(TrainingDiverged, match=r"step 4 .*samples 12, 13, 14, 15.*resume=true"):
+    monkeypatch.setattr(kind, "loss", poisoned)
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_told(
+    make: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = make(steps=6, **{"trainer.save_every": 1, "trainer.keep": 9})
+    poison(monkeypatch, {3})
+    train(config)
+    assert "skipped: step 4 is not finite" in capsys.readouterr().err
+    (skipped,) = [r for r in read_records(Path(config.out) / "metrics.jsonl") if r["kind"] == "skipped"]
+    assert (skipped["step"], skipped["reason"], skipped["sample_ids"]) == (4, "nonfinite", [12, 13, 14, 15])
+    assert (skipped["loss"], skipped["skipped"], skipped["samples_seen"]) == (None, 1, 16)
+    assert [row[0] for row in stream(config.out)] == [1, 2, 3, 5, 6]
+    before, after, next_one = list_checkpoints(config.out)[2:5]
+    assert same_tensors(before, after), "weights, average and optimiser are bit-unchanged"
+    assert not same_tensors(after, next_one)
+    state = load_checkpoint(config.out).state
+    assert (state["step"], state["samples_seen"], state["skipped"], state["ema_updates"]) == (6, 24, 1, 5)
+
+
+def test_too_many_in_a_row_end_the_run(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make(steps=9, **{"trainer.save_every": 2, "trainer.keep": 1, "trainer.max_nonfinite": 2})
+    poison(monkeypatch, {1, 3, 4, 6})  # 1 alone, then 3 and 4
+    with pytest.raises(TrainingDiverged, match=r"2 steps in a row.*step 5 .*samples 16, 17, 18, 19.*step-00000005"):
         train(config)
-    monkeypatch.undo()
-    assert load_checkpoint(config.out).state["step"] == 3
+    assert TrainingDiverged.exit_status == 3
+    # The checkpoint of step 4 would have been pruned by an ordinary save.
+    assert [path.name for path in list_checkpoints(config.out)] == ["step-00000004", "step-00000005"]
+    assert same_tensors(*list_checkpoints(config.out))
     train(resumed(config))
-    assert load_checkpoint(config.out).state["step"] == 6
+    assert [row[0] for row in stream(config.out)] == [1, 3, 6, 8, 9]
+    assert load_checkpoint(config.out).state["skipped"] == 4
+
+
+def test_what_was_skipped_survives_a_resume(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spikes are judged by what came before: a resumed run judges as the uninterrupted one."""
+    changes = {"trainer.skip_spike": 3.0, "trainer.save_every": 1, "trainer.keep": 99}
+    poison(monkeypatch, {20, 23}, factor=50.0)
+    whole = make(steps=25, out=tmp_path / "whole", **changes)
+    train(whole)
+    skipped = [r for r in read_records(Path(whole.out) / "metrics.jsonl") if r["kind"] == "skipped"]
+    assert {(r["step"], r["reason"]) for r in skipped} >= {(21, "spike"), (24, "spike")}
+    paths = list_checkpoints(whole.out)
+    assert same_tensors(paths[19], paths[20])
+    cut = replace(whole, out=str(tmp_path / "cut"))
+    with pytest.MonkeyPatch.context() as patch:
+        dies_at(patch, 19)
+        with pytest.raises(RuntimeError, match="killed"):
+            train(cut)
+    assert len(load_checkpoint(cut.out).state["gradient_norms"]) == 19
+    train(resumed(cut))
+    assert stream(cut.out) == stream(whole.out)
+    assert same_tensors(cut.out, whole.out)
+
+
+def test_a_learned_schedule_forgets_a_skipped_step(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = {"method.regime": "generate", "method.space": "embedding", "method.denoiser.mask": "mixed"}
+    changes |= {"method.process.schedule": "gumbel", "method.split": 0, "method.objective.own": 1.0}
+    changes |= {"method.objective.own_time": "uniform"}
+    config = make(steps=4, **changes, **{"trainer.save_every": 1, "trainer.keep": 9})
+    poison(monkeypatch, {2}, kind=Writer)
+    train(config)
+    second, third, fourth = list_checkpoints(config.out)[1:]
+    assert same_tensors(second, third)
+    moments = [load_checkpoint(path).tensors("model")["schedule.moments"] for path in (third, fourth)]
+    assert not torch.equal(*moments), "a step that counts moves them"
 
 
 def test_a_full_disk_while_training(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

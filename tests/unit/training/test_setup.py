@@ -12,7 +12,7 @@ from dihal.backbone import backbone_from_config
 from dihal.checkpoint import load_checkpoint
 from dihal.config import BudgetConfig
 from dihal.errors import UsageError
-from dihal.methods import build_method
+from dihal.methods import Method, build_method
 from dihal.training.budget import Clock, Spent, plan_steps
 from dihal.training.plan import estimate_memory, flops_per_token
 from dihal.training.run import train
@@ -89,6 +89,67 @@ def test_world_size_is_checked(make: Make, monkeypatch: pytest.MonkeyPatch) -> N
     assert resolve(make(**{"trainer.devices": 2})).trainer.devices == 2
 
 
+def test_the_tasks_of_srun_are_checked(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    with pytest.raises(UsageError, match=r"SLURM_STEP_NUM_TASKS is 4.*is 1.*srun"):
+        resolve(make())
+    assert resolve(make(**{"trainer.devices": 2, "trainer.nodes": 2})).trainer.nodes == 2
+    monkeypatch.delenv("SLURM_STEP_NUM_TASKS")
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    monkeypatch.setenv("SLURM_JOB_NAME", "train")
+    resolve(make())
+    with pytest.raises(UsageError, match=r"Start the command with srun.*train\.sbatch"):
+        resolve(make(**{"trainer.devices": 2}))
+    monkeypatch.setenv("SLURM_JOB_NAME", "interactive")
+    resolve(make(**{"trainer.devices": 2}))
+
+
+@pytest.mark.parametrize(("status", "requeued"), [(0, False), (143, True), (2, False), (3, False)])
+def test_the_slurm_template(tmp_path: Path, status: int, requeued: bool) -> None:
+    """With an srun and an scontrol that only say what they were told."""
+    import os
+    import subprocess
+
+    template = Path(__file__).parents[3] / "configs" / "slurm" / "train.sbatch"
+    calls = tmp_path / "calls"
+    for name, code in (("srun", status), ("scontrol", 0)):
+        script = tmp_path / name
+        script.write_text(f'#!/bin/sh\necho "{name} $*" >> "{calls}"\nexit {code}\n')
+        script.chmod(0o755)
+    folder = tmp_path / "run" / "checkpoints"
+    environment = {
+        **os.environ,
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "RUN": str(tmp_path / "run"),
+        "CONFIG": "run.yaml",
+        "SLURM_JOB_ID": "77",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_NTASKS_PER_NODE": "4",
+    }
+    for resume in ("false", "true"):
+        command = ["bash", str(template), "optim.lr=1e-4"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == (0 if requeued else status), done.stderr
+        first, *rest = calls.read_text().splitlines()
+        assert "--kill-on-bad-exit=1 python train.py --config run.yaml trainer.nodes=2 trainer.devices=4" in first
+        assert f"resume={resume} log.progress=false optim.lr=1e-4" in first
+        assert rest == (["scontrol requeue 77"] if requeued else [])
+        calls.unlink()
+        (folder / "step-00000004").mkdir(parents=True, exist_ok=True)
+    environment.pop("RUN")
+    assert subprocess.run(["bash", str(template)], env=environment, capture_output=True, check=False).returncode != 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"trainer.max_nonfinite": 0}, {"trainer.skip_spike": 0.5}, {"trainer.skip_spike": -1.0}],
+    ids=str,
+)
+def test_bounds_of_the_guard(make: Make, changes: dict) -> None:
+    with pytest.raises(UsageError, match=next(iter(changes))):
+        resolve(make(**changes))
+
+
 def test_what_was_left_to_choose_is_filled_in(make: Make) -> None:
     config = resolve(make(**{"trainer.devices": "auto"}))
     assert (config.trainer.accelerator, config.trainer.devices, config.trainer.precision) == ("cpu", 1, "32-true")
@@ -109,6 +170,20 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(
     text = capsys.readouterr().out
     for expected in ("sequence_length: 16", "trainable parameters", "optimiser steps", "7", "FLOPs", "GiB"):
         assert expected in text
+
+
+def test_deterministic_kernels_end_with_the_run(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    loss = Method.loss
+
+    def asked(self: Method, *args: Any, **rest: Any) -> Any:
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return loss(self, *args, **rest)
+
+    monkeypatch.setattr(Method, "loss", asked)
+    train(make(steps=2, **{"trainer.deterministic": True, "trainer.validate_batches": 0}))
+    assert seen == [True, True]
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_budget_in_steps() -> None:

@@ -1,4 +1,4 @@
-"""Style and script of the page."""
+"""Style and script of the HTML pages."""
 
 from __future__ import annotations
 

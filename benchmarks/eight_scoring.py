@@ -1,0 +1,168 @@
+"""Bar 1: scoring an 8B beside the plain forward pass of the same tokens."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import torch
+from eight_kit import Bench
+
+from dihal.backbone import Backbone
+from dihal.config import ScoreConfig
+from dihal.geometry import parallel
+from dihal.geometry.layer import Sampling, assess_layer
+from dihal.geometry.moments import Moments, cusolver
+from dihal.geometry.neighbours import local_spread
+from dihal.geometry.score import score_layers
+from dihal.geometry.streaming import stream_statistics
+from dihal.geometry.windows import draw_documents, plan_chunks, sample_pool
+
+
+def documents(bench: Bench, backbone: Backbone) -> list[torch.Tensor]:
+    """Random tokens in documents of four windows; a little more than is scored."""
+    size = bench.sizes
+    generator = torch.Generator().manual_seed(0)
+    length = 4 * (size.score_length - 1)
+    count = size.score_tokens // (4 * size.score_length)
+    return [torch.randint(2, backbone.vocab_size, (length,), generator=generator) for _ in range(count)]
+
+
+@torch.no_grad()
+def plain_forward(backbone: Backbone, chunks: list[Any]) -> None:
+    for chunk in chunks:
+        backbone.decoder(input_ids=chunk.input_ids.to(backbone.device), use_cache=False)
+
+
+def run(bench: Bench, options: Any) -> None:
+    size = bench.sizes
+    backbone = bench.backbone()
+    weights = bench.allocated()
+    texts = documents(bench, backbone)
+    config = ScoreConfig(
+        tokens=size.score_tokens, sequence_length=size.score_length, batch_tokens=size.score_batch, pool=size.pool,
+        anchors=size.anchors, bootstrap=0, neighbours=8 if bench.tiny else 32, rank="participation",
+    )  # fmt: skip
+    draw = draw_documents(backbone, texts, config)
+    chunks = plan_chunks(draw, config.batch_tokens)
+    flops = backbone.flops_per_token(0, backbone.num_blocks, (size.score_length + 1) / 2) * draw.tokens
+    bench.row("tokens", draw.tokens, windows=len(draw.windows), documents=draw.documents)
+
+    rate = bench.matmul_rate()
+    eager = bench.seconds(lambda: plain_forward(backbone, chunks), repeats=2)
+    bench.row("plain forward, eager", eager, "s", share=flops / eager / rate)
+    plain = eager
+    if bench.compile:
+        with bench.part("compile"):
+            for block in backbone.blocks:
+                block.compile(dynamic=False)
+            started = time.perf_counter()
+            plain_forward(backbone, chunks)
+            bench.row("compile and warm up", time.perf_counter() - started, "s")
+            plain = bench.seconds(lambda: plain_forward(backbone, chunks), repeats=3, warmup=0)
+            bench.row("plain forward, compiled", plain, "s")
+    rate = bench.matmul_rate()
+    share = flops / plain / rate
+    bench.row("frozen forward, share of matmul rate", share, bar=">= 0.65", ok=share >= 0.65)
+
+    exact = replace(config, rank="entropy")
+    runs: list[tuple[str, ScoreConfig, float]] = [
+        ("without exact spectra", config, 1.35),
+        ("exact spectra", exact, 2.5),
+    ]
+    score_layers(backbone, texts, replace(config, tokens=max(size.score_tokens // 8, 4 * size.score_length)))
+    for name, chosen, bar in runs:
+        with bench.part(name):
+            bench.reset_peak()
+            found = bench.seconds(lambda: score_layers(backbone, texts, chosen), repeats=2, warmup=0)  # noqa: B023
+            extra = bench.peak() - weights
+            again = bench.seconds(lambda: plain_forward(backbone, chunks), repeats=2, warmup=0)
+            ratio = found / again
+            bench.row(f"scoring, {name}", found, "s", plain=again)
+            bench.row(f"scoring, {name}, x plain", ratio, bar=f"<= {bar}", ok=ratio <= bar)
+            bench.row(f"scoring, {name}, x eager plain", found / eager)
+            bench.row(f"extra peak memory, {name}", extra / 1e9, "GB", bar="<= 12", ok=extra <= 12e9)
+    with bench.part("breakdown"):
+        breakdown(bench, backbone, texts, config, exact)
+    if options.intervals:
+        with bench.part("intervals"):
+            found = bench.seconds(
+                lambda: score_layers(backbone, texts, replace(exact, bootstrap=100 if bench.tiny else 1_000)),
+                repeats=1, warmup=0,
+            )  # fmt: skip
+            bench.row("scoring, exact spectra and intervals, x plain", found / plain)
+    with bench.part("eigenvalues"):
+        eigenvalues(bench, backbone.hidden_size)
+
+
+def breakdown(
+    bench: Bench, backbone: Backbone, texts: list[torch.Tensor], config: ScoreConfig, exact: ScoreConfig
+) -> None:
+    """Where the time goes: the pass with its moments, then the layers' assessment."""
+    started = time.perf_counter()
+    draw = draw_documents(backbone, texts, config)
+    pool, preference = sample_pool(draw, config)
+    bench.row("part: draw and pool", time.perf_counter() - started, "s")
+    bench.sync()
+    started = time.perf_counter()
+    layers = stream_statistics(backbone, draw, pool, config)
+    bench.sync()
+    bench.row("part: forward and moments", time.perf_counter() - started, "s", held_gb=bench.allocated() / 1e9)
+    sampling = Sampling(
+        pool_document=torch.zeros(len(pool), dtype=torch.int64), anchor_preference=preference, counts=None
+    )
+    few = layers[: min(8, len(layers))]
+
+    def assess(chosen: ScoreConfig) -> None:
+        with parallel.layer_workers(bench.device) as over:
+            list(over(lambda layer: assess_layer(layer, sampling, chosen), few))
+
+    for name, chosen in (("no spectra", config), ("exact spectra", exact)):
+        for streams in (1, 2, 3, 4, 6) if bench.device.type == "cuda" else (1,):
+            parallel.STREAMS, before = streams, parallel.STREAMS
+            try:
+                took = bench.seconds(lambda: assess(chosen), repeats=1)  # noqa: B023
+            finally:
+                parallel.STREAMS = before
+            bench.row(f"part: assessment, {name}, {streams} streams, per layer", 1e3 * took / len(few), "ms")
+    layer = layers[1]
+    x = torch.randn(bench.sizes.score_batch, backbone.hidden_size, device=bench.device).to(backbone.dtype)
+    moments = Moments(layer.kept["raw"].shift.float(), layer.kept["raw"]._dtype)
+    where = torch.tensor([0], device=bench.device)
+    scale = torch.ones(len(x), device=bench.device)
+    points = layer.pool.float()
+    anchors = torch.arange(min(config.anchors, len(points) // 2), device=bench.device)
+    pieces: list[tuple[str, Callable[[], Any]]] = [
+        ("moments of a chunk, raw", lambda: moments.add_chosen(x, where)),
+        ("moments of a chunk, rms", lambda: moments.add_chosen(x, where, scale)),
+        ("statistics of a chunk, whole", lambda: layer.add(x, torch.zeros(len(x), dtype=torch.bool), where, where)),
+        ("covariance", lambda: layer.kept["raw"].covariance),
+        ("neighbours of one kind", lambda: local_spread(points, anchors, config.neighbours)),
+    ]
+    for name, work in pieces:
+        bench.row(f"part: {name}", 1e3 * bench.seconds(work, repeats=5), "ms")
+
+
+def eigenvalues(bench: Bench, dim: int) -> None:
+    """Eigenvalue problems on one GPU: how many at a time are worth it."""
+    x = torch.randn(2 * dim, dim, device=bench.device, dtype=torch.float64)
+    cov = x.mT @ x / len(x)
+    for dtype in (torch.float64, torch.float32):
+        matrix = cov.to(dtype)
+        for workers in (1, 2, 4, 8) if bench.device.type == "cuda" else (1,):
+
+            def solve(_: int) -> None:
+                if bench.device.type != "cuda":
+                    torch.linalg.eigvalsh(matrix)  # noqa: B023
+                    return
+                stream = torch.cuda.Stream(bench.device)
+                with torch.cuda.stream(stream):
+                    torch.linalg.eigvalsh(matrix)  # noqa: B023
+                stream.synchronize()
+
+            with cusolver(bench.device), ThreadPoolExecutor(workers) as pool:
+                took = bench.seconds(lambda: list(pool.map(solve, range(8))), repeats=1)
+            bench.row(f"part: eigvalsh {dim}, {str(dtype)[6:]}, {workers} at a time, each", 1e3 * took / 8, "ms")

@@ -1,0 +1,238 @@
+"""Scores of every edge of a graph from a handful of gradients.
+
+EAP-IG (Hanna et al. 2024, "Have Faith in Faithfulness") replaces the gradient of edge attribution patching (Syed
+et al. 2023) by its mean along the path from the corrupted to the clean input. Every method here is
+a list of points on that path with weights; the score of an edge is (what the writer writes corrupted minus
+clean) times the weighted mean of the reader's gradient. Passes do not depend on the number of edges.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dihal.circuits.adapters import Adapter, KeyValue, open_model
+from dihal.circuits.capture import Capture, Record
+from dihal.circuits.contraction import Contraction, Delta, Gathered, contract
+from dihal.circuits.graph import GraphSpec
+from dihal.circuits.metrics import logit_difference, solved
+from dihal.circuits.patching import logits_residuals
+from dihal.circuits.tally import BatchScores, Tally
+from dihal.circuits.types import EdgeScores, Metric, PairBatch
+from dihal.errors import UsageError, unknown_name
+
+__all__ = ["METHODS", "TOLERANCE", "attribute", "path_points", "score_batch"]
+
+Method = Literal["eap", "eap-ig", "clean-corrupted"]
+Rule = Literal["midpoint", "left"]
+Path = Literal["inputs", "seam"]
+METHODS: tuple[Method, ...] = ("eap", "eap-ig", "clean-corrupted")
+
+TOLERANCE: dict[torch.dtype, float] = {
+    torch.float64: 1e-9,
+    torch.float32: 1e-3,
+    torch.bfloat16: 0.1,
+    torch.float16: 0.05,
+}
+"""Largest relative error of the asserted identities by type of the weights: rounding of the model's own runs, not of the scores."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """What is done to every batch."""
+
+    adapter: Adapter
+    spec: GraphSpec
+    points: list[tuple[float, float]]
+    metric: Metric
+    contraction: Contraction
+    noise_seed: int
+    chunk_bytes: int
+
+
+def path_points(method: str, steps: int, rule: str) -> list[tuple[float, float]]:
+    """Points of the path (0: corrupted, 1: clean) and their weights, which sum to 1.
+
+    Raises:
+        UsageError: unknown method or rule, or no step.
+    """
+    if method == "eap":
+        return [(1.0, 1.0)]
+    if method == "clean-corrupted":
+        return [(0.0, 0.5), (1.0, 0.5)]
+    if method != "eap-ig":
+        raise unknown_name("attribution method", method, METHODS)
+    if rule not in ("midpoint", "left"):
+        raise unknown_name("rule of the path integral", rule, ("midpoint", "left"))
+    if steps < 1:
+        raise UsageError(f"{steps} steps along the path; at least 1 is needed.")
+    shift = 0.5 if rule == "midpoint" else 0.0
+    return [((step + shift) / steps, 1.0 / steps) for step in range(steps)]
+
+
+def attribute(
+    model: Any,
+    pairs: Sequence[PairBatch],
+    *,
+    method: Method = "eap-ig",
+    steps: int = 5,
+    rule: Rule = "midpoint",
+    path: Path = "inputs",
+    kv: KeyValue = "grouped",
+    seam: int | None = None,
+    noise_seed: int = 0,
+    metric: Metric = logit_difference,
+    contraction: Contraction = "factored",
+    batch_size: int = 16,
+    chunk_bytes: int = 1 << 30,
+    parts: int = 8,
+    progress: Callable[[int], None] | None = None,
+) -> EdgeScores:
+    """Score every edge of a model on pairs of prompts.
+
+    Args:
+        model: anything `open_model` takes.
+        pairs: batches of pairs, each of one length.
+        method: ``eap`` (gradient at the clean run), ``eap-ig``, ``clean-corrupted`` (mean of the gradients at both ends).
+        steps: points of the path for ``eap-ig``.
+        rule: where they lie: in the middle of each interval, or at its corrupted end (as in Hanna's code).
+        path: what is interpolated: the embeddings, or the state at the seam.
+        kv: one key and value reader per key-value head, or per query head.
+        seam: everything below it is one writer; None: the lowest seam of the model.
+        noise_seed: key of a hybrid's noise, together with the sample id: the same for both runs of a pair.
+        metric: of a run; larger is better.
+        contraction: factored, or the generic form it is checked against (memory grows with readers).
+        batch_size: pairs at once at most; memory, not results.
+        chunk_bytes: writers held at once at most; memory, not results.
+        parts: number of groups of prompts whose mean scores are kept; 0: none.
+        progress: called with the number of pairs done after every batch.
+
+    Raises:
+        UsageError: no pairs, an unknown option, a seam or path that this model does not have.
+        RuntimeError: an identity that scores and runs must satisfy does not hold: the model is not the graph.
+    """
+    adapter = open_model(model)
+    if not pairs:
+        raise UsageError("no pairs of prompts to attribute on. Ask the task for more.")
+    if path not in ("inputs", "seam"):
+        raise unknown_name("path", path, ("inputs", "seam"))
+    if path == "inputs" and adapter.source is not None:
+        raise UsageError(
+            f"{adapter.name} draws its state at layer {adapter.seam} by a sampler, which no gradient passes. Use path=seam."
+        )
+    seam = adapter.seam if seam is None else seam
+    adapter.require_seam(seam)
+    plan = _Plan(
+        adapter=adapter,
+        spec=adapter.spec(kv=kv, seam=seam if path == "seam" else adapter.seam),
+        points=path_points(method, steps, rule),
+        metric=metric,
+        contraction=contraction,
+        noise_seed=noise_seed,
+        chunk_bytes=chunk_bytes,
+    )
+    tally = Tally(plan.spec, parts, adapter.device)
+    if adapter.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(adapter.device)
+    started = time.perf_counter()
+    with adapter.session(), adapter.readers(kv):
+        tally.residuals |= _check(plan, pairs[0])
+        for whole in pairs:
+            for first in range(0, len(whole), batch_size):
+                batch = whole.rows(first, first + batch_size).to(adapter.device)
+                found = score_batch(plan, batch)
+                _require("reader_sums", found.sums, adapter)
+                tally.add(found, batch.ids)
+                if progress is not None:
+                    progress(len(batch))
+    scores = tally.scores()
+    scores.seconds = time.perf_counter() - started
+    if adapter.device.type == "cuda":
+        scores.peak_bytes = torch.cuda.max_memory_allocated(adapter.device)
+    scores.method, scores.path = method, path
+    scores.steps, scores.rule = (steps, rule) if method == "eap-ig" else (len(plan.points), "")
+    scores.details = {
+        "model": adapter.name,
+        "dtype": str(adapter.dtype).removeprefix("torch."),
+        "noise_seed": noise_seed,
+    }
+    return scores if scores.spec.seam == seam else scores.contract(seam)
+
+
+def _require(name: str, residual: float, adapter: Adapter) -> None:
+    # `not <=`: a NaN must not pass.
+    if not residual <= TOLERANCE[adapter.dtype]:
+        raise RuntimeError(
+            f"the identity {name!r} fails on {adapter.name} with a relative error of {residual:.2e} "
+            f"(allowed: {TOLERANCE[adapter.dtype]:.0e}): this model does not compute what its graph says, or overflows."
+        )
+
+
+def _check(plan: _Plan, batch: PairBatch) -> dict[str, float]:
+    """Full circuit = clean run and empty circuit = corrupted run, on the first prompts."""
+    batch = batch.rows(0, 2).to(plan.adapter.device)
+    residuals = logits_residuals(plan.adapter, plan.spec, batch, noise_seed=plan.noise_seed)
+    for name, residual in residuals.items():
+        _require(name, residual, plan.adapter)
+    return residuals
+
+
+def score_batch(plan: _Plan, batch: PairBatch) -> BatchScores:
+    """Scores of one batch on the model's device. Passes: one forward per end, and one forward and backward per point.
+
+    A point that is an end of the path shares that end's forward.
+    """
+    adapter, spec, keys = plan.adapter, plan.spec, {"sample_ids": batch.ids, "noise_seed": plan.noise_seed}
+    ends = {
+        0.0: adapter.states(batch.corrupted, spec.seam, attention=batch.attention, role="corrupted", **keys),
+        1.0: adapter.states(batch.clean, spec.seam, attention=batch.attention, role="clean", **keys),
+    }
+    passes = {"forward": 0, "backward": 0}
+    records: dict[float, Record] = {}
+    metrics: dict[float, Tensor] = {}
+    gathered = Gathered(adapter, spec, plan.contraction)
+    weights = dict(plan.points)
+    with Capture(adapter, spec.seam) as capture:
+        # Ends first: their records are needed whole, those of the points between them only until they are gathered.
+        for point in [0.0, 1.0, *(point for point in weights if point not in ends)]:
+            with_gradient, is_end = point in weights, point in ends
+            # Rounded once: with both ends equal, every point of the path is that end.
+            state = ends[point] if is_end else torch.lerp(ends[0.0], ends[1.0], point)
+            record = capture.start(writers=is_end, readers=with_gradient)
+            with torch.set_grad_enabled(with_gradient):
+                state = state.detach().requires_grad_(with_gradient)
+                logits = adapter.logits(state, spec.seam, batch.positions, attention=batch.attention)
+                values = plan.metric(logits.to(adapter.work_dtype), batch)
+            passes["forward"] += 1
+            if with_gradient:
+                gathered.add(record, record.gradients(values.sum()), weights[point])
+                passes["backward"] += 1
+            if is_end:
+                records[point] = record
+                record.projected, record.normed = {}, {}
+                metrics[point] = values.detach()
+                right = solved(logits.detach(), batch)  # the clean end comes last
+            del record, logits, values
+    delta = Delta.between(records[0.0], records[1.0], ends[0.0].to(adapter.work_dtype) - ends[1.0], adapter.work_dtype)
+    records.clear()
+    contracted = contract(delta, gathered, plan.chunk_bytes)
+    return BatchScores(
+        scores=contracted.scores,
+        clean=metrics[1.0],
+        corrupted=metrics[0.0],
+        solved=right,
+        passes=passes,
+        sums=_sum_error(contracted.scores, contracted.totals),
+    )
+
+
+def _sum_error(scores: Tensor, totals: Tensor) -> float:
+    # Relative to the largest reader of all: readers that nothing reaches have sums of rounding errors only.
+    scale = scores.abs().sum(1).max()
+    error = (scores.sum(1) - totals).abs().max()
+    return 0.0 if float(scale) == 0.0 else float(error / scale)
