@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def sequences(backbone: Backbone, count: int, length: int, *, tiny: bool) -> Bat
 def configuration(path: Path, *, split: int, tiny: bool) -> MethodConfig:
     """The shipped method, on a small network, without what makes a task harder than learning by heart."""
     config = parse(TrainConfig, ["--method", str(path)], prog="rivals").method
-    size = {"width": 64, "depth": 2, "heads": 4} if tiny else {"width": 384, "depth": 6, "heads": 6}
+    size = {"width": 128, "depth": 3, "heads": 4} if tiny else {"width": 384, "depth": 6, "heads": 6}
     return dataclasses.replace(
         config,
         split=0 if config.space == "embedding" or config.split == 0 else split,
@@ -123,6 +124,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "benchmark_rivals.json")
     arguments = parser.parse_args()
     if arguments.tiny:
+        sys.path.insert(0, str(ROOT))  # the tests are not installed
         from tests.kit import tiny_backbone
 
         backbone, arguments.split = tiny_backbone(), 2

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -185,6 +186,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "benchmark_writing.json")
     arguments = parser.parse_args()
     if arguments.tiny:
+        sys.path.insert(0, str(ROOT))  # the tests are not installed
         from tests.kit import tiny_backbone
 
         backbone = tiny_backbone()
