@@ -3,7 +3,8 @@
     python benchmarks/rivals.py [--methods configs/method/write-*.yaml] [--sequences 64] [--tiny]
 
 Real text through the embedded backbone (--tiny: random tokens through a random one), the shipped options of each
-space but for dropout of the condition, infilling and random prefixes; the same network, optimiser and steps for all.
+space but for dropout of the condition and infilling (off), and the own head's loss (at weight 1 at least, for it is
+what is read); the same network, optimiser and steps for all.
 Read by the own head, greedily, and counted over every token after the prefix. A space that stays below 95 % is no
 rival. Writes results/benchmark_rivals.json.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from dihal.circuits.adapters import Adapter
 
-__all__ = ["Capture", "Record"]
+__all__ = ["Capture", "Hooks", "Record"]
 
 
 @dataclass
@@ -40,38 +41,19 @@ class Record:
         return out
 
 
-class Capture:
-    """Context manager: hooks on every block from the seam on, removed whatever happens.
+class Hooks(abc.ABC):
+    """Context manager: hooks that are removed whatever happens, also while they are being attached."""
 
-    Set ``record`` to a new `Record` before a run; ``writers`` and ``readers`` say which half of it is kept.
-    """
-
-    def __init__(self, adapter: Adapter, seam: int) -> None:
-        self.adapter = adapter
-        self.seam = seam
-        self.record = Record()
-        self.writers = True
-        self.readers = False
+    def __init__(self) -> None:
         self._handles: list[Any] = []
 
-    def start(self, *, writers: bool, readers: bool) -> Record:
-        """A new record for the next run."""
-        self.writers, self.readers = writers, readers
-        self.record = Record()
-        return self.record
+    @abc.abstractmethod
+    def _attach(self) -> None:
+        """Register the hooks and keep their handles."""
 
-    def __enter__(self) -> Capture:
-        layout = self.adapter.layout
+    def __enter__(self) -> Any:  # Self; the run-time type checker of the tests does not know it
         try:
-            for layer in range(self.seam, self.adapter.layers):
-                self._before(self.adapter.part(layer, layout.attention_norm), "attention_inputs", layer)
-                for name in layout.projections:
-                    self._project(self.adapter.part(layer, name), layer)
-                self._before(self.adapter.part(layer, layout.attention_output), "heads", layer)
-                if layout.mlp is not None:
-                    self._norm(self.adapter.part(layer, layout.mlp_norm), layer)
-                    self._after(self.adapter.part(layer, layout.mlp), "mlps", layer)
-            self._norm(self.adapter.norm, self.adapter.layers)
+            self._attach()
         except BaseException:
             self.__exit__()
             raise
@@ -81,6 +63,39 @@ class Capture:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+
+class Capture(Hooks):
+    """Context manager: hooks on every block from the seam on, removed whatever happens.
+
+    Set ``record`` to a new `Record` before a run; ``writers`` and ``readers`` say which half of it is kept.
+    """
+
+    def __init__(self, adapter: Adapter, seam: int) -> None:
+        super().__init__()
+        self.adapter = adapter
+        self.seam = seam
+        self.record = Record()
+        self.writers = True
+        self.readers = False
+
+    def start(self, *, writers: bool, readers: bool) -> Record:
+        """A new record for the next run."""
+        self.writers, self.readers = writers, readers
+        self.record = Record()
+        return self.record
+
+    def _attach(self) -> None:
+        layout = self.adapter.layout
+        for layer in range(self.seam, self.adapter.layers):
+            self._before(self.adapter.part(layer, layout.attention_norm), "attention_inputs", layer)
+            for name in layout.projections:
+                self._project(self.adapter.part(layer, name), layer)
+            self._before(self.adapter.part(layer, layout.attention_output), "heads", layer)
+            if layout.mlp is not None:
+                self._norm(self.adapter.part(layer, layout.mlp_norm), layer)
+                self._after(self.adapter.part(layer, layout.mlp), "mlps", layer)
+        self._norm(self.adapter.norm, self.adapter.layers)
 
     def _before(self, module: nn.Module, kind: str, layer: int) -> None:
         def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:

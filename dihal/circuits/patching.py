@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dihal.circuits.adapters import Adapter
-from dihal.circuits.capture import Capture
+from dihal.circuits.capture import Capture, Hooks
 from dihal.circuits.graph import GraphSpec
 from dihal.circuits.types import PairBatch
 
@@ -87,7 +87,7 @@ class Runner:
         return Replacement(state.to(dtype), heads, mlps), logits
 
 
-class CircuitRun:
+class CircuitRun(Hooks):
     """Context manager in which a run is that of a circuit.
 
     Args:
@@ -100,6 +100,7 @@ class CircuitRun:
     def __init__(
         self, runner: Runner, edges: np.ndarray, replacement: Replacement, state: Float[Tensor, "batch time dim"]
     ) -> None:
+        super().__init__()
         self.adapter, self.spec = runner.adapter, runner.spec
         self.replacement = replacement
         self.missing = self.spec.edge_mask & ~edges
@@ -110,29 +111,18 @@ class CircuitRun:
         self._change[:, 0] = replacement.state - state
         self._input: Tensor | None = None
         self._outputs: list[Tensor] = []
-        self._handles: list[Any] = []
 
-    def __enter__(self) -> CircuitRun:
+    def _attach(self) -> None:
         layout, part = self.adapter.layout, self.adapter.part
-        try:
-            for layer in range(self.spec.seam, self.spec.layers):
-                self._before(part(layer, layout.attention_norm), self._keep_input)
-                for index, name in enumerate(layout.projections):
-                    self._after(part(layer, name), self._projector(layer, index))
-                self._before(part(layer, layout.attention_output), self._head_writer(layer))
-                if layout.mlp is not None:
-                    self._before(part(layer, layout.mlp_norm), self._reader(self.spec.reader_at(layer + 1) - 1))
-                    self._after(part(layer, layout.mlp), self._mlp_writer(layer))
-            self._before(self.adapter.norm, self._reader(self.spec.n_readers - 1))
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        for layer in range(self.spec.seam, self.spec.layers):
+            self._before(part(layer, layout.attention_norm), self._keep_input)
+            for index, name in enumerate(layout.projections):
+                self._after(part(layer, name), self._projector(layer, index))
+            self._before(part(layer, layout.attention_output), self._head_writer(layer))
+            if layout.mlp is not None:
+                self._before(part(layer, layout.mlp_norm), self._reader(self.spec.reader_at(layer + 1) - 1))
+                self._after(part(layer, layout.mlp), self._mlp_writer(layer))
+        self._before(self.adapter.norm, self._reader(self.spec.n_readers - 1))
 
     def _before(self, module: nn.Module, hook: Any) -> None:
         self._handles.append(module.register_forward_pre_hook(lambda _, arguments: hook(arguments[0])))

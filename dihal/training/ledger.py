@@ -14,7 +14,8 @@ def unique_tokens(stream: PackedStream, samples: int) -> int:
     """Distinct tokens of the training text among the first ``samples`` sequences of a run.
 
     Exact to one window: an epoch takes every token once but for less than a window. Start tokens are no text.
-    Sequences spliced from random places may meet a token twice within an epoch: then it is an upper bound.
+    An upper bound where sequences are spliced from random places, which may meet a token twice within an epoch, and
+    where the backbone's own text stands in for some (``data.own``).
     """
     return min(samples * stream.body, len(stream))
 
