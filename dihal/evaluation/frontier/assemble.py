@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,7 +12,7 @@ from jaxtyping import Float
 
 from dihal.evaluation.bootstrap import document_weights, estimate
 from dihal.evaluation.frontier.definitions import METRICS, SAMPLE_SUMS, SET_METRICS
-from dihal.evaluation.frontier.distances import MAUVE_FEWEST, MAUVE_MISSING, frechet, mauve_score
+from dihal.evaluation.frontier.distances import MAUVE_FEWEST, MAUVE_MISSING, RealFeatures, mauve_score
 from dihal.evaluation.frontier.result import FrontierRow, Point
 from dihal.evaluation.frontier.scoring import Graded
 from dihal.evaluation.frontier.statistics import GRAM, TrainingGrams, self_bleu
@@ -38,6 +39,13 @@ class Yardstick:
     end_token_id: int | None
     real: Graded
     """Of the real continuations of the same prompts."""
+    channels: int
+    """Directions of the Frechet distance."""
+
+    @cached_property
+    def features(self) -> RealFeatures:
+        """Those of the real continuations, ready to be compared with."""
+        return RealFeatures(self.real.mean, channels=self.channels)
 
 
 def per_sample(made: Made, graded: Graded, yardstick: Yardstick) -> dict[str, list[float]]:
@@ -71,7 +79,7 @@ def set_metrics(
     Args:
         made, graded: the continuations.
         yardstick: the real continuations' features.
-        config: sizes of subsample and projection.
+        config: size of the subsample.
         seed: of the clustering inside MAUVE.
         reference: these are the real continuations: distances to themselves are left out.
     """
@@ -94,8 +102,7 @@ def set_metrics(
         reason = REFERENCE if reference else "one continuation only"
         missing |= {"frechet": reason, "mauve": reason}
     else:
-        channels = config.frechet_channels
-        fill("frechet", lambda: frechet(graded.mean, yardstick.real.mean, channels=channels), "")
+        fill("frechet", lambda: yardstick.features.distance(graded.mean), "")
         if len(rows) < MAUVE_FEWEST:
             missing["mauve"] = f"it needs {MAUVE_FEWEST} texts a side"
         elif config.mauve:

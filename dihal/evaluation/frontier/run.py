@@ -198,6 +198,7 @@ def _measure(config: FrontierConfig, folder: Path, console: Console) -> list[Pat
         grams=TrainingGrams(text.tokens, text.ends),
         end_token_id=backbone.end_token_id,
         real=grader.grade(chosen.prompts.prompts, chosen.prompts.real),
+        channels=config.frechet_channels,
     )
     columns = (
         TextColumn("{task.description}"),

@@ -492,7 +492,10 @@ class RecordingWriter:
         self.calls.append({"ids": input_ids, "known": known, **options})
         tokens = torch.where(known, input_ids, 10 + options["sample_ids"][:, None])
         share = torch.full((len(input_ids),), 0.25) if options["compare"] else None
-        return types.SimpleNamespace(tokens=tokens, agreement=share, nfe=3, encodes=1, reads=1 + options["compare"])
+        flops = {"bridge": 100.0 * len(input_ids), "suffix": 60.0 * len(input_ids)}
+        return types.SimpleNamespace(
+            tokens=tokens, agreement=share, nfe=3, encodes=1, reads=1 + options["compare"], flops=flops
+        )
 
 
 def test_a_writer_is_given_the_prompt_only_and_the_samples_keys(backbone):
@@ -511,6 +514,8 @@ def test_a_writer_is_given_the_prompt_only_and_the_samples_keys(backbone):
         assert call["writing"] == WritingConfig(readout="fused", steps=6, temperature=0.5, seed=7)
     cost = writing_cost(source, prompts, new_tokens=4, steps=6, temperature=0.5)
     assert (cost.nfe, cost.encodes, cost.reads) == (3, 1, 1), "the comparison of readouts is no part of the price"
+    assert made.flops == 3 * 160.0
+    assert cost.flops_per_token == 160.0 / 4
 
 
 def test_configuration_survives_its_file(config):
