@@ -1,11 +1,12 @@
 """Run a list of commands over the GPUs of a machine, the finished ones left out.
 
-    python benchmarks/jobs.py benchmarks/comparison.yaml [--gpus 2] [--seconds 1500] [--only NAME ...] [--set KEY=VALUE ...]
+    python benchmarks/jobs.py benchmarks/comparison.yaml [--gpus 4] [--slots 2] [--seconds 1500] [--only NAME ...]
+        [--set KEY=VALUE ...]
 
 The file is a mapping of job names, each with `run` (a command line, or a list of them), `done` (a file that exists when
-the job is finished) and, if it needs others, `after` (their names). Jobs start in the order of the file, one per GPU,
-as soon as what they need is there; `seconds` (expected) keeps a job from starting when less time is left. `{name}` and
-whatever `--set` gives are put into the commands. Output goes to runs/jobs/NAME.log. A table at the end says what is
+the job is finished) and, if it needs others, `after` (their names). Jobs start in the order of the file, one per GPU
+(--slots: so many, for small models leave a GPU idle half the time), as soon as what they need is there; `seconds`
+(expected) keeps a job from starting when less time is left. `{name}` and whatever `--set` gives are put into the commands. Output goes to runs/jobs/NAME.log. A table at the end says what is
 done, failed, skipped and why; the exit status is that of the worst.
 """
 
@@ -81,7 +82,7 @@ def _command(lines: list[str]) -> list[str]:
     return ["bash", "-c", " && ".join(shlex.join([*own.get(line[0], line[:1]), *line[1:]]) for line in words)]
 
 
-def run(jobs: list[Job], *, gpus: int, seconds: float, console: Console) -> None:
+def run(jobs: list[Job], *, gpus: int, slots: int, seconds: float, console: Console) -> None:
     """Run until nothing is left that may start."""
     begin = time.monotonic()
     running: dict[int, tuple[Job, Any, Any, float]] = {}
@@ -91,16 +92,16 @@ def run(jobs: list[Job], *, gpus: int, seconds: float, console: Console) -> None
         if job.finished:
             job.state = "done before"
     while True:
-        for gpu, (job, process, log, started) in list(running.items()):
+        for place, (job, process, log, started) in list(running.items()):
             if process.poll() is None:
                 continue
             log.close()
-            del running[gpu]
+            del running[place]
             job.took = time.monotonic() - started
             job.state = "done" if process.returncode == 0 and job.finished else f"failed ({process.returncode})"
             console.print(f"{time.monotonic() - begin:6.0f} s  {job.state}: {job.name} ({job.took:.0f} s)")
         for job in jobs:
-            if job.state != "waiting" or len(running) == gpus:
+            if job.state != "waiting" or len(running) == gpus * slots:
                 continue
             needed = [by_name[name] for name in job.after]
             if any(other.state.startswith(("failed", "not started")) for other in needed):
@@ -109,11 +110,13 @@ def run(jobs: list[Job], *, gpus: int, seconds: float, console: Console) -> None
                 if time.monotonic() - begin + job.seconds > seconds:
                     job.state = "not started: too little time"
                     continue
-                gpu = next(number for number in range(gpus) if number not in running)
+                free = [place for place in range(gpus * slots) if place not in running]
+                # The GPU with the fewest jobs; place p is on GPU p modulo their number.
+                place = min(free, key=lambda one: sum(other % gpus == one % gpus for other in running))
                 log = (LOGS / f"{job.name}.log").open("w", encoding="utf-8")
-                environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu), "PYTHONUNBUFFERED": "1"}
+                environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(place % gpus), "PYTHONUNBUFFERED": "1"}
                 process = subprocess.Popen(_command(job.run), stdout=log, stderr=subprocess.STDOUT, env=environment)
-                running[gpu], job.state = (job, process, log, time.monotonic()), "running"
+                running[place], job.state = (job, process, log, time.monotonic()), "running"
         if not running:
             break
         time.sleep(0.5)
@@ -124,6 +127,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path)
     parser.add_argument("--gpus", type=int, default=1, help="jobs at once, one per GPU")
+    parser.add_argument("--slots", type=int, default=1, help="jobs at once on each GPU")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="no job starts that would not end in time")
     parser.add_argument("--only", nargs="*", help="these jobs and what they need")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE")
@@ -141,7 +145,7 @@ def main() -> None:
             queue.extend(by_name[name].after)
         jobs = [job for job in jobs if job.name in wanted]
     console = Console()
-    run(jobs, gpus=arguments.gpus, seconds=arguments.seconds, console=console)
+    run(jobs, gpus=arguments.gpus, slots=arguments.slots, seconds=arguments.seconds, console=console)
     table = Table("job", "state", "seconds", "result")
     for job in jobs:
         table.add_row(job.name, job.state, f"{job.took:.0f}" if job.took else "", str(job.done))

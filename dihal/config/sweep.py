@@ -95,5 +95,7 @@ class SweepConfig:
     """Seed of validation documents, sampling noise and resamples."""
     keep_checkpoints: bool = False
     """Keep the weights trained at each split; off: only its numbers stay."""
+    report: bool = True
+    """Off: train and measure the named splits only, for processes that share `out`, each with splits of its own; a call without `splits` then makes the report."""
     out: str = "runs/sweep"
     """Folder for sweep.json, tables, figure, and one folder per trained split."""

@@ -89,7 +89,7 @@ def _splits(config: SweepConfig, layers: int) -> list[int]:
             raise UsageError(f"splits names {split}; this backbone has splits 0 to {layers - 1}.")
     if len(set(splits)) < len(splits):
         raise UsageError(f"splits names one twice: {splits}.")
-    if sum(split > 0 for split in splits) < _FEWEST:
+    if config.report and sum(split > 0 for split in splits) < _FEWEST:
         raise UsageError(
             f"{sum(split > 0 for split in splits)} splits above 0 are to be trained; ranks of fewer than {_FEWEST} say "
             "nothing. Name more `splits`."
@@ -148,7 +148,7 @@ def sweep(
         console: told what happens; None: a new one.
 
     Returns:
-        The report; None where ``config.train.dry_run`` only prints the plan of the deepest split.
+        The report; None without ``config.report``, or where ``config.train.dry_run`` only prints the plan of the deepest split.
 
     Raises:
         UsageError: options, text, or files of another sweep in the folder.
@@ -175,8 +175,10 @@ def sweep(
     data = _data(config, backbone, config.train.log.progress)
     _try(config, backbone, data, splits)
     folder = ensure_dir(config.out)
-    texts = [document.text for document in data.train_documents]
-    assessed = assess(backbone, texts, config.score, config.predictors, progress=config.train.log.progress)
+    assessed = None
+    if config.report:
+        texts = [document.text for document in data.train_documents]
+        assessed = assess(backbone, texts, config.score, config.predictors, progress=config.train.log.progress)
 
     records = {}
     for index, (seed, split) in enumerate([(seed, split) for seed in config.seeds for split in splits], start=1):
@@ -184,6 +186,8 @@ def sweep(
         records[split, seed] = trained_split(
             config, split, seed, folder, backbone, data, say=lambda text: console.print(text)
         )
+    if assessed is None:
+        return None
     truths = truths_of(records, splits, list(config.seeds), config)
     report = _report(config, backbone, splits, truths, assessed, records, sources)
     report = replace(report, provenance={**report.provenance, "seconds": time.perf_counter() - started})
