@@ -1,4 +1,4 @@
-"""Launcher for `python evaluate.py ...`; the same as `dihal evaluate ...`."""
+"""Launcher for `python evaluate.py ...` and `torchrun evaluate.py ...`; the same as `dihal evaluate ...`."""
 
 import sys
 

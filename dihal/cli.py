@@ -66,10 +66,10 @@ def _first_process() -> bool:
 def _evaluate(config: EvalConfig) -> None:
     from dihal.evaluation import evaluate
 
-    if not _first_process():
-        return  # evaluation is one process; under torchrun the others have nothing to do
+    if not _first_process() and "RANK" not in os.environ:
+        return  # not started by torchrun: the processes cannot share the work
     evaluate(config)
-    if config.leaderboard:
+    if config.leaderboard and _first_process():
         _show_leaderboard(LeaderboardConfig(results=(config.out,), out=config.out))
 
 

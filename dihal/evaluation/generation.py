@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -14,7 +16,9 @@ from torch import Tensor
 from dihal.errors import UsageError
 from dihal.evaluation.result import TextResult
 from dihal.evaluation.sampling import FixedDraws, draw_tokens, uniform53
+from dihal.evaluation.sharing import in_turn, on_first
 from dihal.evaluation.text import text_metrics
+from dihal.geometry.ranks import Ranks
 
 if TYPE_CHECKING:
     from dihal.backbone import Backbone
@@ -76,7 +80,7 @@ def pick_prompts(windows: EvaluationWindows, *, samples: int, prompt_tokens: int
     return Prompts(prompts=ids[:, :prompt_tokens].contiguous(), real=ids[:, prompt_tokens:].contiguous())
 
 
-def _continue(
+def _continuations(
     backbone: Backbone,
     source: Method | Identity,
     prompts: Prompts,
@@ -87,7 +91,8 @@ def _continue(
     batch_size: int,
     steps: int | None,
     sampler: str | None,
-) -> Tensor:
+) -> list[Callable[[], Tensor]]:
+    """What writes each batch of samples."""
     from transformers import GenerationConfig, LogitsProcessorList
 
     from dihal.hybrid import HybridForCausalLM
@@ -103,8 +108,8 @@ def _continue(
         eos_token_id=backbone.end_token_id,
     )
     sampling: dict[str, Any] = {} if steps is None else {"steps": steps, "sampler": sampler, "sampler_seed": seed}
-    out = []
-    for ids, keys in zip(prompts.prompts.split(batch_size), prompts.sample_ids.split(batch_size), strict=True):
+
+    def write(ids: Tensor, keys: Tensor) -> Tensor:
         draws = FixedDraws(
             prompt_length=length, sample_ids=keys, seed=seed, temperature=temperature, banned=backbone.end_token_id
         )
@@ -116,8 +121,10 @@ def _continue(
             logits_processor=LogitsProcessorList([draws]),
             **sampling,
         )
-        out.append(made[:, length:].cpu())
-    return torch.cat(out)
+        return made[:, length:].cpu()
+
+    batches = zip(prompts.prompts.split(batch_size), prompts.sample_ids.split(batch_size), strict=True)
+    return [partial(write, ids, keys) for ids, keys in batches]
 
 
 def _unigram(
@@ -147,43 +154,51 @@ def generate_row(
     seed: int,
     batch_size: int,
     sampler: str | None,
+    ranks: Ranks = Ranks(),  # noqa: B008 (frozen)
 ) -> tuple[Int[Tensor, "samples new"], float]:
     """Continue every prompt by exactly ``new_tokens`` tokens; the end token is never drawn.
 
     The backbone goes through the same ``generate`` as a trained method (as the identity hybrid), so that
     tokens per second compare.
 
+    Args:
+        row: the row.
+        steps: of its sampling, where it samples states.
+        backbone: the backbone.
+        prompts: the prompts.
+        new_tokens: tokens per continuation.
+        temperature: of the draws; 0: greedy.
+        seed: of the draws.
+        batch_size: prompts at a time.
+        sampler: solver; None: the method's own.
+        ranks: the processes that share the batches (one of them writes all samples of an n-gram model).
+
     Returns:
-        The new tokens, and wall seconds.
+        The new tokens, and wall seconds of all batches together.
+
+    Raises:
+        UsageError: logits that cannot be drawn from (on the first process; the others exit).
     """
     from dihal.controls import Identity
 
-    began = time.perf_counter()
+    drawing: dict[str, Any] = {"new_tokens": new_tokens, "temperature": temperature, "seed": seed}
+    pieces: list[Callable[[], Tensor]]
     if row.logits is not None:
-        made = _unigram(row, backbone, prompts, new_tokens=new_tokens, temperature=temperature, seed=seed)
+        pieces = [partial(_unigram, row, backbone, prompts, **drawing)]
     elif row.ngram is not None:
-        made = row.ngram.sample(
-            prompts.prompts,
-            new_tokens=new_tokens,
-            temperature=temperature,
-            seed=seed,
-            sample_ids=prompts.sample_ids,
-            banned=backbone.end_token_id,
-        )
+        keys: dict[str, Any] = {"sample_ids": prompts.sample_ids, "banned": backbone.end_token_id}
+        pieces = [partial(row.ngram.sample, prompts.prompts, **drawing, **keys)]
     else:
         source = row.trained.method if row.trained is not None else Identity(min(1, backbone.num_blocks - 1))
-        made = _continue(
-            backbone,
-            source,
-            prompts,
-            new_tokens=new_tokens,
-            temperature=temperature,
-            seed=seed,
-            batch_size=batch_size,
-            steps=steps if row.trained is not None else None,
-            sampler=sampler,
-        )
-    return made, time.perf_counter() - began
+        sampling = {"steps": steps if row.trained is not None else None, "sampler": sampler}
+        pieces = _continuations(backbone, source, prompts, batch_size=batch_size, **drawing, **sampling)
+
+    def write(number: int) -> tuple[np.ndarray, float]:
+        began = time.perf_counter()
+        return pieces[number]().numpy(), time.perf_counter() - began
+
+    made, seconds = zip(*in_turn(ranks, len(pieces), write), strict=True)
+    return torch.from_numpy(np.concatenate(made)), sum(seconds)
 
 
 class Scorer:
@@ -210,20 +225,45 @@ class Scorer:
         return self._scorer.reference.family == self._writer.reference.family or self._same_tokens
 
     @torch.no_grad()
-    def nll(self, prompts: Int[Tensor, "samples prompt"], new: Int[Tensor, "samples new"]) -> tuple[float, int]:
-        """Return the summed NLL of the new tokens given their prompts in nats, and how many of its own tokens it scored."""
+    def nll(
+        self,
+        prompts: Int[Tensor, "samples prompt"],
+        new: Int[Tensor, "samples new"],
+        *,
+        ranks: Ranks = Ranks(),  # noqa: B008 (frozen)
+    ) -> tuple[float, int]:
+        """Return the summed NLL of the new tokens given their prompts in nats, and how many of its own tokens it scored.
+
+        Args:
+            prompts: tokens before.
+            new: tokens scored.
+            ranks: the processes that share the forward passes, each with the same arguments; all get the result.
+
+        Raises:
+            UsageError: a continuation that is empty in the scorer's tokens (on the first process; the others exit).
+        """
+        pieces = on_first(ranks, lambda: self._pieces(prompts, new))
+
+        def score(number: int) -> float:
+            first, samples = pieces[number]
+            ids = torch.tensor(samples, device=self._scorer.device)
+            features = self._scorer.suffix_features(self._scorer.embed(ids), 0)[:, first - 1 : -1]
+            log_q = torch.log_softmax(self._scorer.head(features).float(), dim=-1)
+            return float(log_q.gather(-1, ids[:, first:].unsqueeze(-1)).double().sum())
+
+        total = 0.0
+        for found in in_turn(ranks, len(pieces), score):
+            total -= found
+        return total, sum(len(samples) * (len(samples[0]) - first) for first, samples in pieces)
+
+    def _pieces(self, prompts: Tensor, new: Tensor) -> list[tuple[int, list[list[int]]]]:
+        """Samples of one length that are scored at once, and the index of the first token that counts."""
         alike: dict[tuple[int, int], list[list[int]]] = {}
         for prompt, continuation in zip(prompts.tolist(), new.tolist(), strict=True):
             ids, first = self._retokenise(prompt, continuation)
             alike.setdefault((len(ids), first), []).append(ids)
-        total, count = 0.0, 0
-        for (length, first), group in alike.items():
-            for part in torch.tensor(group, device=self._scorer.device).split(_SCORED_AT_ONCE):
-                features = self._scorer.suffix_features(self._scorer.embed(part), 0)[:, first - 1 : -1]
-                log_q = torch.log_softmax(self._scorer.head(features).float(), dim=-1)
-                total -= float(log_q.gather(-1, part[:, first:].unsqueeze(-1)).double().sum())
-                count += len(part) * (length - first)
-        return total, count
+        size = _SCORED_AT_ONCE
+        return [(first, group[i : i + size]) for (_, first), group in alike.items() for i in range(0, len(group), size)]
 
     def _retokenise(self, prompt: list[int], new: list[int]) -> tuple[list[int], int]:
         """Ids for the scorer, and the index of the first one that counts."""
@@ -251,9 +291,10 @@ def text_result(
     *,
     temperature: float,
     seconds: float | None,
+    ranks: Ranks = Ranks(),  # noqa: B008 (frozen)
 ) -> TextResult:
-    """Score and describe a set of continuations."""
-    nll, scored = scorer.nll(prompts.prompts, made)
+    """Score (by all processes together) and describe a set of continuations."""
+    nll, scored = scorer.nll(prompts.prompts, made, ranks=ranks)
     mean = nll / scored
     decode = backbone.tokenizer.decode
     texts = [

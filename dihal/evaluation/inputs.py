@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from dihal.config import BackboneConfig, DataConfig
@@ -17,16 +18,30 @@ if TYPE_CHECKING:
 __all__ = ["open_backbone", "open_data", "open_scorer", "open_text"]
 
 
-def open_backbone(chosen: BackboneConfig | None, checkpoints: list[Checkpoint]) -> Backbone:
+def open_backbone(
+    chosen: BackboneConfig | None, checkpoints: list[Checkpoint], *, device: str | None = None
+) -> Backbone:
     """Load the backbone (None: as the first checkpoint says) and check that it is every checkpoint's.
 
+    Args:
+        chosen: which, and how to hold it.
+        checkpoints: opened checkpoints.
+        device: of this process, where several share the work; None: there is one process.
+
     Raises:
-        UsageError: weights or tokenizer that a checkpoint was not trained with.
+        UsageError: weights or tokenizer that a checkpoint was not trained with; one GPU named for several processes.
     """
     from dihal.backbone import backbone_from_config
 
+    if device is not None and chosen is not None and chosen.device.startswith("cuda:"):
+        raise UsageError(
+            f"backbone.device={chosen.device} names one GPU, but there are several processes. Set backbone.device=auto: "
+            "each process takes its own GPU."
+        )
     if chosen is None:
         chosen = checkpoints[0].config.backbone if checkpoints else BackboneConfig()
+    if device not in (None, "cpu") and chosen.device != "cpu":
+        chosen = replace(chosen, device=device)
     backbone = backbone_from_config(chosen)
     for checkpoint in checkpoints:
         require_checkpoint_backbone(checkpoint, backbone)
@@ -34,8 +49,8 @@ def open_backbone(chosen: BackboneConfig | None, checkpoints: list[Checkpoint]) 
     return backbone
 
 
-def open_text(data: DataConfig, backbone: Backbone) -> TextDataModule:
-    """Text as the backbone reads it."""
+def open_text(data: DataConfig, backbone: Backbone, *, progress: bool = True) -> TextDataModule:
+    """Text as the backbone reads it; ``progress`` shows a bar while it is tokenised."""
     from dihal.data.module import TextDataModule
 
     return TextDataModule(
@@ -44,7 +59,7 @@ def open_text(data: DataConfig, backbone: Backbone) -> TextDataModule:
         tokenizer_fingerprint=backbone.tokenizer_fingerprint,
         start_token_id=backbone.start_token_id,
         end_token_id=backbone.end_token_id,
-        progress=True,
+        progress=progress,
     )
 
 

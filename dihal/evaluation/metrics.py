@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dihal.errors import UsageError
+from dihal.evaluation.sums import Contributions, DocumentSums, contributions
 
 __all__ = [
     "SINK_FACTOR",
@@ -147,29 +148,38 @@ class StateMoments:
 
     def __init__(self, documents: int, shift: Float[Tensor, " dim"]) -> None:
         self._shift = shift.double()
-        self._count = torch.zeros(documents, dtype=torch.float64, device=shift.device)
-        self._sum = torch.zeros(documents, shift.shape[0], dtype=torch.float64, device=shift.device)
-        self._square = torch.zeros_like(self._count)
+        self._sums = DocumentSums(documents, {"count": (), "sum": (shift.shape[0],), "square": ()})
 
-    def add(
+    def part(
         self,
         state: Float[Tensor, "positions dim"],
         documents: Int[Tensor, " positions"],
         ordinary: Bool[Tensor, " positions"],
-    ) -> None:
-        """Add positions that are ordinary; ``documents`` is each position's document."""
-        chosen = documents[ordinary]
+        *,
+        begun: int,
+    ) -> Contributions:
+        """Return what the ordinary positions of a batch contribute, whichever process adds it.
+
+        Args:
+            state: states.
+            documents, begun: see :func:`dihal.evaluation.sums.contributions`.
+            ordinary: which positions are.
+        """
         delta = state[ordinary].double() - self._shift
-        self._count.index_add_(0, chosen, torch.ones_like(chosen, dtype=torch.float64))
-        self._sum.index_add_(0, chosen, delta)
-        self._square.index_add_(0, chosen, delta.square().sum(-1))
+        values = {"count": torch.ones_like(delta[:, 0]), "sum": delta, "square": delta.square().sum(-1)}
+        return contributions(documents[ordinary], values, begun=begun)
+
+    def add(self, part: Contributions) -> None:
+        """Add what a batch contributes; batches come in order."""
+        self._sums.add(part)
 
     def count(self) -> Float[Tensor, " documents"]:
         """Ordinary tokens per document."""
-        return self._count
+        return self._sums["count"]
 
     def variance(self) -> Float[Tensor, " documents"]:
         """Sum over each document's ordinary tokens of |h - mean|^2."""
-        drift = self._sum.sum(0) / self._count.sum().clamp_min(1)
-        moved = self._square - 2 * self._sum @ drift + self._count * drift.square().sum()
+        count, total, square = (self._sums[name] for name in ("count", "sum", "square"))
+        drift = total.sum(0) / count.sum().clamp_min(1)
+        moved = square - 2 * total @ drift + count * drift.square().sum()
         return moved.clamp_min(0)

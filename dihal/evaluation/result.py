@@ -91,7 +91,8 @@ class TextResult:
     rep_4: float | None
     degenerate_rate: float
     tokens_per_second: float | None
-    """New tokens of all samples over wall seconds of generation; null for real text."""
+    """New tokens of all samples over wall seconds of generation (those of every process, if several share it); null for
+    real text."""
     texts: list[str]
     """The first samples, prompt and continuation separated by ' ||| '."""
 
@@ -190,7 +191,8 @@ class Cost:
     """FLOPs per predicted token of a whole window: state, suffix and head, by number of steps ("0": the row does not
     sample); empty where they are not counted."""
     evaluation_seconds: dict[str, float]
-    """Wall seconds of the row's own states and suffix over the whole evaluation, by number of steps."""
+    """Wall seconds of the row's own states and suffix over the whole evaluation (those of every process, if several share
+    it), by number of steps."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,10 +1,16 @@
-"""`dihal evaluate`: checkpoints and the rows that are always there -> one JSON per row."""
+"""`dihal evaluate`: checkpoints and the rows that are always there -> one JSON per row.
+
+Under torchrun all processes open the same things and share the batches; the first one writes and prints.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import re
+import warnings
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from dihal.config import DataConfig, EvalConfig
 from dihal.errors import UsageError, unknown_name
-from dihal.evaluation.assemble import assemble, context_of
+from dihal.evaluation.assemble import Context, assemble, context_of
 from dihal.evaluation.checkpoints import load_trained, open_checkpoints
 from dihal.evaluation.definitions import METRIC_VERSION
 from dihal.evaluation.generation import Scorer, generate_row, pick_prompts, text_result
@@ -24,6 +30,8 @@ from dihal.evaluation.measure import Measured, measure
 from dihal.evaluation.ngram import NgramModel
 from dihal.evaluation.result import Comparable, Result, TextResult, read_result, write_result
 from dihal.evaluation.rows import NGRAMS, NO_SAMPLING, Row, build_rows, other_documents, unigram_log_probabilities
+from dihal.evaluation.sharing import everywhere, on_first
+from dihal.geometry.ranks import Ranks, joined
 from dihal.io import hash_json, output_dir
 
 if TYPE_CHECKING:
@@ -31,6 +39,7 @@ if TYPE_CHECKING:
     from dihal.checkpoint import Checkpoint
     from dihal.data.module import TextDataModule
     from dihal.data.packing import EvaluationWindows
+    from dihal.evaluation.generation import Prompts
 
 __all__ = ["SCORE_TYPE", "evaluate"]
 
@@ -55,11 +64,11 @@ def _check(config: EvalConfig) -> None:
         raise UsageError("a scorer is given but samples is 0: nothing would be scored. Raise samples or drop scorer.")
 
 
-def _data(config: EvalConfig, checkpoints: list[Checkpoint], backbone: Backbone) -> TextDataModule:
-    if config.data is not None:
-        chosen = open_text(config.data, backbone)
-    else:
-        chosen = open_text(checkpoints[0].config.data if checkpoints else DataConfig(), backbone)
+def _data(config: EvalConfig, checkpoints: list[Checkpoint], backbone: Backbone, *, progress: bool) -> TextDataModule:
+    wanted = config.data
+    if wanted is None:
+        wanted = checkpoints[0].config.data if checkpoints else DataConfig()
+    chosen = open_text(wanted, backbone, progress=progress)
     for checkpoint in checkpoints:
         trained_on = checkpoint.manifest["data_fingerprint"]
         found = chosen.fingerprint()
@@ -72,7 +81,7 @@ def _data(config: EvalConfig, checkpoints: list[Checkpoint], backbone: Backbone)
                 f"{found[field][:16]}, the checkpoint says {trained_on[field][:16]}. Restore the text, or name another "
                 "with `data`."
             )
-        _require_unseen(chosen, open_text(checkpoint.config.data, backbone), checkpoint)
+        _require_unseen(chosen, open_text(checkpoint.config.data, backbone, progress=progress), checkpoint)
     return chosen
 
 
@@ -168,8 +177,19 @@ def _rows(
     )
 
 
-def _scorer(config: EvalConfig, backbone: Backbone) -> Scorer:
-    return Scorer(open_scorer(config.scorer, backbone), backbone)
+@dataclass(frozen=True, kw_only=True)
+class _Opened:
+    """What is measured, on what."""
+
+    backbone: Backbone
+    data: TextDataModule
+    windows: EvaluationWindows
+    prompts: Prompts | None
+    """None: nothing is generated."""
+    rows: list[Row]
+    comparable: dict[str, Comparable]
+    paths: dict[str, Path]
+    hashes: dict[str, str]
 
 
 def evaluate(config: EvalConfig, *, console: Console | None = None) -> list[Path]:
@@ -178,16 +198,30 @@ def evaluate(config: EvalConfig, *, console: Console | None = None) -> list[Path
     A row whose file already holds the result of the same options, text, weights and checkpoint is not measured
     again. An interrupted call loses at most the rows it had not finished.
 
+    Called in every process that torchrun started, it shares the work; the files, which the first process writes, are
+    those of one process, but for seconds of work.
+
     Raises:
         UsageError: checkpoints that cannot share a table; a backbone, tokenizer or text that is not theirs; options
             out of range; an output folder that cannot be written. Nothing is half-written.
+        SystemExit: the same on another process than the first.
     """
-    _check(config)
-    with output_dir(config.out) as folder:
-        return _evaluate(config, folder, console or Console(stderr=True))
+    with joined() as (ranks, device), contextlib.ExitStack() as stack:
+        if ranks.rank > 0:  # the first process says it all
+            console = Console(quiet=True)
+            stack.enter_context(warnings.catch_warnings(action="ignore"))
+        console = console or Console(stderr=True)
+
+        def begin() -> Path:
+            _check(config)
+            return stack.enter_context(output_dir(config.out))
+
+        folder = on_first(ranks, begin)
+        opened = everywhere(ranks, lambda: _open(config, folder, console, device=device, progress=ranks.rank == 0))
+        return _evaluate(config, opened, console, ranks)
 
 
-def _evaluate(config: EvalConfig, folder: Path, console: Console) -> list[Path]:
+def _open(config: EvalConfig, folder: Path, console: Console, *, device: str | None, progress: bool) -> _Opened:
     checkpoints = open_checkpoints(config.checkpoints)
     for checkpoint in checkpoints:
         if checkpoint.config.method.regime != "replace":
@@ -195,8 +229,8 @@ def _evaluate(config: EvalConfig, folder: Path, console: Console) -> list[Path]:
                 f"checkpoint {str(checkpoint.path)!r} was trained under the regime {checkpoint.config.method.regime!r}: it "
                 "writes text and has no next-token distribution to measure. Use `dihal frontier`."
             )
-    backbone = open_backbone(config.backbone, checkpoints)
-    data = _data(config, checkpoints, backbone)
+    backbone = open_backbone(config.backbone, checkpoints, device=device)
+    data = _data(config, checkpoints, backbone, progress=progress)
     windows = data.evaluation_windows(
         tokens=config.tokens, windows_per_document=config.windows_per_document, seed=config.seed
     )
@@ -228,40 +262,62 @@ def _evaluate(config: EvalConfig, folder: Path, console: Console) -> list[Path]:
         else shared
         for row in rows
     }
-    paths = _targets(folder, rows)
     counted_text = data.fingerprint()["train"]
-    hashes = {row.name: _row_hash(config, row, comparable[row.name], counted_text) for row in rows}
-    pending, done = [], {}
-    for row in rows:
-        found = _existing(paths[row.name], hashes[row.name], comparable[row.name])
-        if found is None:
-            pending.append(row)
-        else:
-            done[row.name] = found
-    if done:
-        console.print(f"[dim]already measured, kept: {', '.join(done)}[/dim]", highlight=False)
-    if not pending:
-        return list(paths.values())
-
-    measured, facts = _measure(config, backbone, windows, pending, console)
-    context = context_of(
-        config,
+    return _Opened(
         backbone=backbone,
         data=data,
         windows=windows,
+        prompts=prompts,
+        rows=rows,
+        comparable=comparable,
+        paths=_targets(folder, rows),
+        hashes={row.name: _row_hash(config, row, comparable[row.name], counted_text) for row in rows},
+    )
+
+
+def _kept(opened: _Opened) -> dict[str, Result]:
+    """Rows that were measured before."""
+    found = {name: _existing(path, opened.hashes[name], opened.comparable[name]) for name, path in opened.paths.items()}
+    return {name: result for name, result in found.items() if result is not None}
+
+
+def _evaluate(config: EvalConfig, opened: _Opened, console: Console, ranks: Ranks) -> list[Path]:
+    files = list(opened.paths.values())
+    # The files of another machine may not be there to see.
+    done = on_first(ranks, lambda: _kept(opened))
+    pending = [row for row in opened.rows if row.name not in done]
+    if done:
+        console.print(f"[dim]already measured, kept: {', '.join(done)}[/dim]", highlight=False)
+    if not pending:
+        return files
+
+    measured, facts = _measure(config, opened, pending, console, ranks)
+    context = context_of(
+        config,
+        backbone=opened.backbone,
+        data=opened.data,
+        windows=opened.windows,
         facts=facts,
         reference=_reference(config.reference, measured, done),
     )
-    scorer = _scorer(config, backbone) if prompts is not None else None
+    scorer = None
+    if opened.prompts is not None:
+        scorer = everywhere(ranks, lambda: Scorer(open_scorer(config.scorer, opened.backbone), opened.backbone))
     for row in pending:
         text: dict[str, TextResult] = {}
-        if prompts is not None and scorer is not None:
-            text = _texts(config, row, backbone, prompts, scorer, console)
+        if opened.prompts is not None and scorer is not None:
+            text = _texts(config, row, opened.backbone, opened.prompts, scorer, console, ranks)
         sums = {str(steps): found for (name, steps), found in measured.items() if name == row.name}
-        result = assemble(row, sums, text, comparable[row.name], hashes[row.name], context)
-        write_result(paths[row.name], result)
-        console.print(f"{row.name}: written {paths[row.name]}", highlight=False)
-    return list(paths.values())
+        on_first(ranks, partial(_write, opened, row, sums, text, context))
+        console.print(f"{row.name}: written {opened.paths[row.name]}", highlight=False)
+    return files
+
+
+def _write(
+    opened: _Opened, row: Row, measured: dict[str, Measured], text: dict[str, TextResult], context: Context
+) -> None:
+    result = assemble(row, measured, text, opened.comparable[row.name], opened.hashes[row.name], context)
+    write_result(opened.paths[row.name], result)
 
 
 def _reference(name: str, measured: dict[tuple[str, int], Measured], done: dict[str, Result]) -> dict[str, np.ndarray]:
@@ -274,34 +330,34 @@ def _reference(name: str, measured: dict[tuple[str, int], Measured], done: dict[
 
 
 def _measure(
-    config: EvalConfig, backbone: Backbone, windows: EvaluationWindows, pending: list[Row], console: Console
+    config: EvalConfig, opened: _Opened, pending: list[Row], console: Console, ranks: Ranks
 ) -> tuple[dict[tuple[str, int], Measured], dict[str, Any]]:
-    total = sum(document.tokens for document in windows.documents)
+    total = sum(document.tokens for document in opened.windows.documents)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(f"tokens x {len(pending)} rows", total=total)
         advance: Callable[[int], None] = lambda tokens: bar.advance(task, tokens)  # noqa: E731
         return measure(
-            backbone,
-            windows,
+            opened.backbone,
+            opened.windows,
             [row for row in pending if row.kind != "text"],
             batch_size=config.batch_size,
             sampler=config.sampler,
             seed=config.seed,
             advance=advance,
+            ranks=ranks,
         )
 
 
 def _texts(
-    config: EvalConfig, row: Row, backbone: Backbone, prompts: Any, scorer: Scorer, console: Console
+    config: EvalConfig, row: Row, backbone: Backbone, prompts: Prompts, scorer: Scorer, console: Console, ranks: Ranks
 ) -> dict[str, TextResult]:
     """Generate where it makes sense: backbone, n-grams, checkpoints; and score the real continuations."""
     if row.kind == "text":
-        return {
-            str(NO_SAMPLING): text_result(
-                prompts.real, prompts, scorer, backbone, temperature=config.temperature, seconds=None
-            )
-        }
+        real = text_result(
+            prompts.real, prompts, scorer, backbone, temperature=config.temperature, seconds=None, ranks=ranks
+        )
+        return {str(NO_SAMPLING): real}
     if row.trained is None and row.source is not None:
         return {}
     found = {}
@@ -317,8 +373,9 @@ def _texts(
                 seed=config.seed,
                 batch_size=config.batch_size,
                 sampler=config.sampler,
+                ranks=ranks,
             )
             found[str(steps)] = text_result(
-                made, prompts, scorer, backbone, temperature=config.temperature, seconds=seconds
+                made, prompts, scorer, backbone, temperature=config.temperature, seconds=seconds, ranks=ranks
             )
     return found

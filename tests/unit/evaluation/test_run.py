@@ -17,7 +17,9 @@ from dihal.data.text import document_key
 from dihal.errors import UsageError
 from dihal.evaluation.bootstrap import document_weights
 from dihal.evaluation.generation import Scorer, pick_prompts
+from dihal.evaluation.inputs import open_backbone, open_text
 from dihal.evaluation.leaderboard import leaderboard
+from dihal.evaluation.measure import _Batches
 from dihal.evaluation.ngram import NgramModel
 from dihal.evaluation.result import read_result
 from dihal.evaluation.rows import other_documents
@@ -357,6 +359,22 @@ def test_batches_do_not_change_results(root, config, results):
         assert value(found[name], "kl", 1) == pytest.approx(value(results[name], "kl", 1), rel=1e-3), name
 
 
+def test_a_batch_knows_the_documents_begun_before_it(root):
+    """Their positions are added one by one, so that sums do not depend on where batches are cut."""
+    checkpoint = load_checkpoint(root / "bridge")
+    backbone = load_backbone(checkpoint.config.backbone.id, device="cpu")
+    windows = open_text(checkpoint.config.data, backbone, progress=False).evaluation_windows(tokens=700)
+    batches, seen, split = _Batches(backbone, windows, 3), set(), 0
+    for number in range(len(batches)):
+        batch = batches[number]
+        assert batch.begun == len(seen)
+        found = set(batch.real_documents.tolist())
+        split += bool(found & seen)
+        seen |= found
+    assert seen == set(range(len(windows.documents)))
+    assert split > 1, "documents that go on from batch to batch"
+
+
 def test_finished_rows_are_kept_and_missing_ones_made_again(root, config, results, monkeypatch):
     from pathlib import Path
 
@@ -428,6 +446,11 @@ def test_another_backbone_is_refused_by_field(root):
     family = backbone_folder(root / "gpt2-backbone", family="gpt2")
     with pytest.raises(UsageError, match="family 'llama'"):
         evaluate(fast(root, backbone=BackboneConfig(id=str(family), device="cpu")))
+
+
+def test_one_gpu_is_not_for_several_processes():
+    with pytest.raises(UsageError, match=r"device=cuda:1 names one GPU.*Set backbone\.device=auto"):
+        open_backbone(BackboneConfig(device="cuda:1"), [], device="cuda:0")
 
 
 def test_another_tokenizer_is_refused(root, tmp_path):
