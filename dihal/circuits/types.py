@@ -205,7 +205,7 @@ class EdgeScores:
     rule: str = ""
     path: str = ""
     passes: dict[str, int] = field(default_factory=dict)
-    """Forward and backward passes, and those of the checks, over all batches."""
+    """Forward and backward passes over all batches, without the four forwards of the checks."""
     seconds: float = 0.0
     peak_bytes: int | None = None
     """Peak device memory on CUDA; None elsewhere."""
