@@ -164,6 +164,11 @@ def check_method(config: MethodConfig) -> None:
             f"regime 'replace' needs method.denoiser.mask 'causal', not {config.denoiser.mask!r}: "
             "a bridge that sees later tokens leaks the answer."
         )
+    if config.regime == "replace" and config.denoiser.init != "random":
+        raise UsageError(
+            f"method.denoiser.init is {config.denoiser.init!r}: copies of the blocks that are replaced would be no "
+            "replacement. Set it to random, or method.regime to generate."
+        )
     if config.sampler.guidance != 1.0 and config.objective.condition_dropout == 0.0:
         raise UsageError(
             "method.sampler.guidance needs method.objective.condition_dropout > 0: "

@@ -41,6 +41,7 @@ from dihal.spaces.hidden import HiddenSpace
 from dihal.spaces.metric import FisherMetric, build_metric
 from dihal.types import Mask, Padding, State, Time, TokenIds
 from dihal.writer import Writer
+from dihal.writing.warm_start import require_alike
 
 if TYPE_CHECKING:
     from dihal.backbone import Backbone
@@ -326,7 +327,10 @@ def _bridge(config: MethodConfig, backbone: Backbone | int) -> Method | Writer:
     if config.regime == "replace":
         return Method(config, backbone if isinstance(backbone, int) else backbone.hidden_size)
     whole = _whole(config, backbone)
-    return Writer(config, dim=whole.hidden_size, vocab=whole.vocab_size)
+    writer = Writer(config, dim=whole.hidden_size, vocab=whole.vocab_size)
+    if config.denoiser.init == "backbone":
+        require_alike(writer.denoiser, whole)
+    return writer
 
 
 def _regression(config: MethodConfig, backbone: Backbone | int) -> Method:

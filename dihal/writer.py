@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +28,7 @@ from dihal.writing.known import draw_known, position_keys
 from dihal.writing.losses import bound_loss, reencoded, state_terms, suffix_terms, token_terms
 from dihal.writing.sampling import Written, evaluations, write
 from dihal.writing.stages import Stages, untouched
+from dihal.writing.warm_start import warm_start
 
 if TYPE_CHECKING:
     from dihal.backbone import Backbone
@@ -89,7 +91,22 @@ class Writer(ReadBySuffix):
         self.condition_space.fit(embedded())
         used = self.space.fit(backbone, held)
         self.stages.hold(self.space, held)
+        if self.space.stage_share() == 0.0:
+            self._warm_start(backbone, held)
         return used
+
+    def _warm_start(self, backbone: Backbone, batches: Iterable[Batch]) -> None:
+        """Start the denoiser from the backbone's blocks, where it is to: once what it reads is settled."""
+        if self.config.denoiser.init != "backbone":
+            return
+
+        def inputs(batch: Batch) -> tuple[Tensor, Tensor]:
+            position_ids = positions_of(batch.attention_mask)
+            mask = None if batch.full else batch.attention_mask
+            clean = self.space.encode(backbone, batch.input_ids, attention_mask=mask, position_ids=position_ids)
+            return self.space.known_input(clean), self.condition(backbone, batch.input_ids, position_ids)
+
+        warm_start(self.denoiser, backbone, self.split, batches, inputs)
 
     def fit_metric(self, backbone: Backbone, batches: Iterable[Batch], *, seed: int) -> None:
         """Nothing to measure: the state error is per channel. A space with two stages keeps the batches for the second."""
@@ -165,7 +182,8 @@ class Writer(ReadBySuffix):
         attention_mask = None if full else mask
         size = {"batch": ids.shape[0], "new": ids.shape[1]}
         tokens = int(ids.numel()) if full else int(mask.sum())
-        first_stage = self.stages.first(space, backbone, progress, training=self.training)
+        begin = partial(self._warm_start, backbone)
+        first_stage = self.stages.first(space, backbone, progress, training=self.training, begin=begin)
         reads = not first_stage and objective.cross_entropy + objective.kl > 0 and progress >= objective.suffix_start
         with torch.no_grad(), own_dtype(backbone):
             state = None
@@ -240,7 +258,9 @@ class Writer(ReadBySuffix):
             backbone, space, self.process, objective, estimate, clean, t, ids, mask, free, position_ids, **common
         )
         total, terms = total + loss, terms | found
-        per_sequence = nats if per_sequence is None else per_sequence
+        if per_sequence is None or objective.own > 0:
+            # Tokens are what is to be decided; squared error goes on falling where all of them have long been.
+            per_sequence = nats
         if reads:
             assert state is not None
             how = {"every": objective.suffix_every if self.training else 1, "adapters": tuple(self.lora)}

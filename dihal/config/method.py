@@ -69,6 +69,8 @@ class DenoiserConfig:
     """Attention heads; must divide `width`."""
     mlp_ratio: float = 4.0
     """MLP parameters relative to a plain MLP of this expansion (the gated MLP's width is two thirds of it)."""
+    init: Literal["random", "backbone"] = "random"
+    """`backbone` (`generate` only): start from copies of the backbone's blocks, from that of the split on; needs their shape, `norm` rms and their `qk_norm`."""
     norm: Literal["adaptive", "rms"] = "adaptive"
     """`adaptive`: time modulates every block through zero-initialised scale, shift and gate; `rms`: time is added to the input."""
     qk_norm: bool = True

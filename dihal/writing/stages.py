@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,8 +39,18 @@ class Stages(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
         self._done = None
 
-    def first(self, space: Space, backbone: Backbone, progress: float, *, training: bool) -> bool:
+    def first(
+        self,
+        space: Space,
+        backbone: Backbone,
+        progress: float,
+        *,
+        training: bool,
+        begin: Callable[[list[Batch]], None],
+    ) -> bool:
         """Whether the space's own parts are still trained. The first training step after them measures the space again.
+
+        ``begin`` is then called with the batches it was measured on.
 
         Raises:
             UsageError: it cannot be measured again, because no batches were held.
@@ -58,6 +68,7 @@ class Stages(nn.Module):
                 "resume, fit_metric) before training."
             )
         space.refit(backbone, self._held)
+        begin(self._held)
         self._held = []
         self._done = True
         self.done.fill_(1)
