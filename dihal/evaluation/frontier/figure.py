@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from dihal.evaluation.bootstrap import Interval
 from dihal.evaluation.frontier.board import Board, Curve
-from dihal.evaluation.frontier.result import Point
+from dihal.evaluation.frontier.result import FrontierRow, Point
 from dihal.io import atomic_path, ensure_dir
 
 __all__ = ["save_figure"]
@@ -19,19 +20,25 @@ _SHAPES = "osD^v<>Ph*"
 _LINES = ("-", "--", ":", "-.")
 
 
+def _trained(row: FrontierRow) -> tuple[str, str]:
+    """What tells a checkpoint from the others, and a way of writing."""
+    return json.dumps(row.checkpoint, sort_keys=True), json.dumps(row.writing, sort_keys=True)
+
+
 def _styles(board: Board) -> dict[tuple[str, int], dict[str, Any]]:
-    """Colour per trained row, line per number of steps, shape per control."""
-    trained = [label for label, row in board.rows() if row.kind == "checkpoint"]
+    """Colour per checkpoint, shape per way of writing (and per control), line per number of steps."""
+    trained = [_trained(row) for _, row in board.rows() if row.kind == "checkpoint"]
+    checkpoints, ways = (list(dict.fromkeys(part)) for part in zip(*trained, strict=True)) if trained else ([], [])
     controls = [label for label, row in board.rows() if row.kind == "control"]
     found = {}
     for curve in board.curves:
         counts = sorted({point.steps for point in curve.row.points})
         line = _LINES[counts.index(curve.steps) % len(_LINES)]
         if curve.row.kind == "checkpoint":
-            place = trained.index(curve.label)
+            checkpoint, way = _trained(curve.row)
             style = {
-                "color": _COLOURS[place % len(_COLOURS)],
-                "marker": _SHAPES[place // len(_COLOURS) % 4],
+                "color": _COLOURS[checkpoints.index(checkpoint) % len(_COLOURS)],
+                "marker": _SHAPES[ways.index(way) % len(_SHAPES)],
                 "ls": line,
             }
         elif curve.row.kind == "bound":
