@@ -166,6 +166,8 @@ def blocks(
             steps=steps, readout="fused", project=0.5, precision="bfloat16" if cuda else "float32"
         ),
     }
+    # Room of fixed size: on a GPU every pass is a CUDA graph.
+    ways |= {f"{name}, static": replace(way, static=True) for name, way in ways.items()}
     for batch in size.batches:
         for block in size.blocks:
             for name, writing in ways.items():

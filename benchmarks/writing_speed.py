@@ -141,7 +141,9 @@ def writing(backbone: Backbone, configs: dict[str, MethodConfig], arguments: arg
             for block in arguments.blocks:
                 for steps in arguments.steps:
                     precision = "bfloat16" if backbone.device.type == "cuda" else config.writing.precision
-                    how = dataclasses.replace(config.writing, steps=steps, block=block, precision=precision)
+                    how = dataclasses.replace(
+                        config.writing, steps=steps, block=block, precision=precision, static=arguments.static
+                    )
                     rows_ids = torch.arange(count, device=ids.device)
 
                     arguments_of = {"writing": how, "sample_ids": rows_ids, "end": False, "compare": False}
@@ -182,6 +184,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=10, help="steps per round of training")
+    parser.add_argument("--static", action="store_true", help="room of fixed size; on a GPU every pass is a CUDA graph")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "benchmark_writing.json")
     arguments = parser.parse_args()

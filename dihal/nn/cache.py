@@ -85,6 +85,7 @@ class StaticPlace:
         self.current = self.next
         """The positions of the pass that runs now."""
         self._every = torch.arange(length, device=device)
+        self._spans: dict[int, Tensor] = {}
 
     def prompt(self, tokens: int) -> None:
         """The next pass is over the first ``tokens`` positions."""
@@ -94,13 +95,33 @@ class StaticPlace:
         """The passes that follow are over one token each, at :attr:`next`."""
         self.current = self.next
 
-    def mask(self) -> Bool[Tensor, "1 1 new length"]:
-        """True where a position of this pass sees one of the room."""
-        return (self._every[None, :] <= self.current[:, None])[None, None]
+    def span(self, start: int, count: int) -> None:
+        """The passes that follow are over ``count`` positions from ``start`` on; a captured one is moved there."""
+        if count not in self._spans:
+            self._spans[count] = torch.empty(count, dtype=torch.int64, device=self.next.device)
+        self.current = self._spans[count]
+        self.current.copy_(self._every[start : start + count])
+
+    def mask(self, known: Bool[Tensor, "batch new"] | None = None) -> Bool[Tensor, "rows 1 new length"]:
+        """True where a position of this pass sees one of the room.
+
+        Args:
+            known: None: the mask `causal`. Else `mixed`: every position before this pass is known, and these of it are.
+        """
+        if known is None:
+            return (self._every[None, :] <= self.current[:, None])[None, None]
+        order = torch.arange(known.shape[1], device=known.device)
+        among = ~known[:, :, None] | (known[:, None, :] & (order[None, :] <= order[:, None])[None])
+        room = torch.zeros(*known.shape, self.length, dtype=torch.bool, device=known.device)
+        before = self._every < self.current[0]
+        return (room.index_copy(2, self.current, among) | before)[:, None]
 
 
 class StaticDenoiserCache:
-    """A :class:`DenoiserCache` of fixed size, for the mask `causal`; one per evaluation of the denoiser."""
+    """A :class:`DenoiserCache` of fixed size; under the mask `causal` one per evaluation of the denoiser.
+
+    Under `mixed` one serves them all: the positions of a pass are written again by the next, those before it stay.
+    """
 
     def __init__(self, place: StaticPlace) -> None:
         self.place = place

@@ -154,11 +154,12 @@ class DenoiserTransformer(nn.Module):
         automatic = chosen == "auto" and self.compiled and device.type == "cuda"
         return self.config.mask == "mixed" and (chosen == "flex" or automatic)
 
-    def _check_static(self, position_ids: Tensor | None, padding: Tensor | None) -> None:
-        if self.config.mask != "causal" or position_ids is None or padding is not None:
+    def _check_static(self, position_ids: Tensor | None, padding: Tensor | None, known: Tensor | None) -> None:
+        wrong = self.config.mask == "bidirectional" or (self.config.mask == "mixed") != (known is not None)
+        if wrong or position_ids is None or padding is not None:
             raise UsageError(
-                "a cache of fixed size needs the mask 'causal', position_ids= and rows without padding; "
-                "use DenoiserCache otherwise."
+                "a cache of fixed size needs the mask 'causal', or 'mixed' with known=, position_ids= and rows without "
+                "padding; use DenoiserCache otherwise."
             )
 
     def forward(
@@ -197,13 +198,13 @@ class DenoiserTransformer(nn.Module):
         Raises:
             UsageError: an input that the configuration lacks or does not have.
         """
-        if cache is not None:
+        static = isinstance(cache, StaticDenoiserCache)
+        if cache is not None and not static:
             self._check_cache(known, z_t.shape[1] if keep is None else keep)
         if self_condition is not None and not self.self_conditioned:
             raise UsageError("self_condition= was given, but the denoiser was built with self_conditioning: 0.")
         dtype = self.head.weight.dtype
         batch, length = z_t.shape[:2]
-        static = isinstance(cache, StaticDenoiserCache)
         past = 0 if cache is None or static else cache.length
         padding = None if attention_mask is None else attention_mask.bool()
         positions = self._positions(past, batch, length, padding, z_t.device)
@@ -213,8 +214,8 @@ class DenoiserTransformer(nn.Module):
             self.config.rope_theta,
         )
         if static:
-            self._check_static(position_ids, padding)
-            mask, is_causal = cache.place.mask(), False
+            self._check_static(position_ids, padding, known)
+            mask, is_causal = cache.place.mask(known), False
         elif cache is None and known is not None and self._flexible(z_t.device):
             mask, is_causal = block_visibility(known, padding), False
         else:

@@ -104,6 +104,46 @@ class Context:
     def _keys(self, count: int) -> int:
         return self.length + count
 
+    # -- passes over the columns that follow, what is before them held in caches
+
+    def _prefix(self, tokens: TokenIds, keep: bool) -> State:
+        positions = self.positions(tokens.shape[1])
+        out = self.backbone.prefix(tokens, self.writer.split, position_ids=positions, cache=self._prefix_cache)
+        if not keep:
+            self._prefix_cache.truncate(self.length)
+        return out
+
+    def _suffix(self, states: State, keep: bool) -> State:
+        positions = self.positions(states.shape[1])
+        out = self.backbone.suffix_features(states, self.writer.split, position_ids=positions, cache=self._suffix_cache)
+        if not keep:
+            self._suffix_cache.truncate(self.length)
+        return out
+
+    def _denoiser(
+        self,
+        branch: str,
+        inputs: Tensor,
+        t: Tensor,
+        condition: Tensor,
+        drop: Tensor,
+        known: Tensor,
+        previous: Tensor | None,
+        keep: bool,
+    ) -> Tensor:
+        return self.writer.denoiser(
+            inputs,
+            t,
+            condition,
+            drop_condition=drop,
+            known=known,
+            self_condition=previous,
+            cache=self._denoiser_caches[branch],
+            keep=inputs.shape[1] if keep else 0,
+        )
+
+    # -- the same, counted
+
     def states(self, tokens: TokenIds, *, keep: bool = False) -> State | None:
         """h^split of tokens in the columns that follow, or None where nobody needs it; ``keep``: they are known now."""
         if not self.needs_states:
@@ -111,9 +151,7 @@ class Context:
         backbone, split, count = self.backbone, self.writer.split, tokens.shape[1]
         meter = self.costs.meter
         if self.cached:
-            out = backbone.prefix(tokens, split, position_ids=self.positions(count), cache=self._prefix_cache)
-            if not keep:
-                self._prefix_cache.truncate(self.length)
+            out = self._prefix(tokens, keep)
             meter.prefix(split, batch=self.batch, new=count, keys=self._keys(count))
         else:
             whole = torch.cat([*self._tokens, tokens], dim=1)
@@ -131,11 +169,7 @@ class Context:
         meter, adapters = self.costs.meter, tuple(self.writer.lora)
         with self.writer.reading():
             if self.cached:
-                out = backbone.suffix_features(
-                    states, split, position_ids=self.positions(count), cache=self._suffix_cache
-                )
-                if not keep:
-                    self._suffix_cache.truncate(self.length)
+                out = self._suffix(states, keep)
                 meter.suffix(split, batch=self.batch, new=count, keys=self._keys(count), adapters=adapters)
             else:
                 whole = torch.cat([*self._states, states.to(backbone.dtype)], dim=1)
@@ -169,16 +203,7 @@ class Context:
         low = torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.precision == "bfloat16")
         if self.cached:
             with low:
-                out = denoiser(
-                    inputs,
-                    t,
-                    condition,
-                    drop_condition=drop,
-                    known=known,
-                    self_condition=previous,
-                    cache=self._denoiser_caches[branch],
-                    keep=count if keep else 0,
-                )
+                out = self._denoiser(branch, inputs, t, condition, drop, known, previous, keep)
             meter.denoiser(denoiser, batch=self.batch, new=count, keys=self._keys(count), times=t.numel())
         else:
             held = self._inputs[branch]

@@ -17,6 +17,7 @@ from dihal.types import TokenIds
 from dihal.writing.block import Block, branches_of, estimates
 from dihal.writing.context import Context, Costs
 from dihal.writing.known import position_keys, settled
+from dihal.writing.static import StaticContext
 
 if TYPE_CHECKING:
     from dihal.backbone import Backbone
@@ -102,16 +103,19 @@ def write(
     keys = position_keys(rows, torch.arange(time, device=device).expand(batch, time))
     free = ~(known | given)
     costs = Costs(meter=Meter(backbone))
-    context = Context(
-        writer,
-        backbone,
-        batch=batch,
-        cached=cached,
-        branches=branches_of(writing.guidance),
-        reads_suffix=compare or writing.readout != "own",
-        precision=writing.precision,
-        costs=costs,
-    )
+    options = {
+        "batch": batch,
+        "branches": branches_of(writing.guidance),
+        "reads_suffix": compare or writing.readout != "own",
+        "precision": writing.precision,
+        "costs": costs,
+    }
+    if writing.static and not cached:
+        raise UsageError("writing.static keeps keys and values: it goes with cached=True only.")
+    if writing.static:
+        context: Context = StaticContext(writer, backbone, room=time, **options)
+    else:
+        context = Context(writer, backbone, cached=cached, **options)
     tokens, own, suffix = ids.clone(), ids.clone(), ids.clone()
     with torch.autocast(device.type, enabled=False):
         start = int(known.all(0).long().cumprod(0).sum())

@@ -10,12 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from dihal.backbone import load_backbone
 from dihal.checkpoint import load_checkpoint
+from dihal.config import DenoiserConfig, MethodConfig, ObjectiveConfig
+from dihal.config.spaces import WritingConfig
 from dihal.evaluation.result import read_result
 from dihal.hybrid import load_hybrid
-from dihal.methods import Method
+from dihal.methods import Method, build_method
 from dihal.training.logs import read_records
 from tests.integration.conftest import BATCH, STEP, Dihal
+from tests.kit import tiny_model
+from tests.unit.test_methods import make_batch
 
 # cuBLAS reads it when the first handle is made.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -130,3 +135,31 @@ def test_a_device_that_is_not_there(dihal: Dihal, tmp_path: Path, capsys: pytest
     assert dihal("train", *ON_GPU, "--method.split", 2, "--trainer.devices", count + 1, "--out", tmp_path / "run") == 2
     assert f"this machine has {count} GPUs" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("way", [{}, {"block": 8}, {"readout": "fused", "project": 0.5}, {"guidance": 1.5}])
+@pytest.mark.parametrize("space", ["hidden", "embedding"])
+def test_writing_by_graphs_writes_the_same(space: str, way: dict[str, object]) -> None:
+    """Captured passes are those that run one by one: the same tokens, and they are captured, not run."""
+    backbone = load_backbone(tiny_model(), device="cuda")
+    config = MethodConfig(
+        regime="generate", space=space, split=2 if space == "hidden" else 0,
+        denoiser=DenoiserConfig(width=32, depth=2, heads=4, mask="mixed", norm="rms", self_conditioning=0.5),
+        objective=ObjectiveConfig(state=float(space == "hidden"), own=1.0, own_time="uniform", condition_dropout=0.1),
+    )  # fmt: skip
+    writer = build_method(config, backbone).to("cuda").eval()
+    with torch.no_grad():
+        for parameter in writer.denoiser.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    batch = make_batch(3, 40).to("cuda")
+    writer.fit_normalisation(backbone, [batch])
+    known = (torch.arange(40, device="cuda") < 8).expand(3, -1)
+    found = []
+    for static in (False, True):
+        writing = WritingConfig(steps=6, static=static, **way)  # type: ignore[arg-type]
+        found.append(
+            writer.write(backbone, batch.input_ids, known, writing=writing, sample_ids=torch.arange(3), end=False)
+        )
+    plain, graphs = found
+    assert (plain.tokens == graphs.tokens).float().mean() > 0.99  # other kernels sum in another order
+    assert plain.flops == graphs.flops

@@ -376,6 +376,38 @@ def test_caches_change_nothing(space: str, way: str) -> None:
     assert sum(results[0][0].flops.values()) < sum(results[1][0].flops.values())
 
 
+@pytest.mark.parametrize("way", sorted(WAYS))
+@pytest.mark.parametrize("space", sorted(SPACES))
+def test_room_of_fixed_size_changes_nothing(space: str, way: str) -> None:
+    backbone = tiny_backbone()
+    writer = build(backbone, space)
+    seen: list[torch.Tensor] = []
+    writer.denoiser.register_forward_hook(lambda module, inputs, out: seen.append(out[:, -1:].clone()))
+    # In the second batch no column is known in both rows.
+    for known in (prefixes(5, 3), prefixes(4, 0)) if space != "simplex" else (prefixes(5, 5),):
+        ids, results = make_batch(2, 16).input_ids, []
+        for static in (True, False):
+            how = dataclasses.replace(WAYS[way], static=static)
+            written = writer.write(backbone, ids, known, writing=how, sample_ids=torch.arange(2), end=False)
+            results.append((written, len(seen), seen[-1]))
+            seen.clear()
+        (one, calls, last), (other, others, end) = results
+        assert torch.equal(one.tokens, other.tokens)
+        assert (one.flops, calls) == (other.flops, others)
+        torch.testing.assert_close(last, end, rtol=1e-4, atol=1e-4)
+
+
+def test_room_of_fixed_size_is_refused_where_it_cannot_be() -> None:
+    windowed = tiny_backbone("mistral")
+    known, ids = prefixes(4), make_batch(1, 16).input_ids
+    static = WritingConfig(steps=2, static=True)
+    with pytest.raises(UsageError, match=r"writing\.static to false"):
+        build(windowed, "hidden").write(windowed, ids, known, writing=static)
+    backbone = tiny_backbone()
+    with pytest.raises(UsageError, match="cached=True"):
+        build(backbone, "hidden").write(backbone, ids, known, writing=static, cached=False)
+
+
 @pytest.mark.parametrize("way", ["fused", "project", "commit", "guided"])
 @pytest.mark.parametrize("space", sorted(SPACES))
 def test_a_gap_is_filled_between_what_is_given(space: str, way: str) -> None:
