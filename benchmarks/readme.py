@@ -2,50 +2,219 @@
 
     python benchmarks/readme.py [--check]
 
-A table stands between `<!-- results: FILE.json ... -->` and `<!-- end results -->`; the files are results of
-`dihal evaluate`, one row each, at the number of steps with the lowest KL.
+A table stands between `<!-- KIND: WORDS -->` and `<!-- end KIND -->`. The words are files relative to the repository;
+`*` stands for any part of a name. The kinds:
+
+    results: FILE.json ...                     of `dihal evaluate`, one row each, at the steps with the lowest KL
+    frontier: FILE.json ... [at ENTROPY ...]   rows of `dihal frontier` at equal entropy; default: the real text's
+    steps: FILE.json ...                       KL of the checkpoints of `dihal evaluate` over steps, by split
+    sweep: FILE.json ...                       best predictors of each `dihal sweep`, and the geometry scores
+
+Files of `results` must exist. A table of another kind is left out, between its marks, while no file matches.
 """
 
 from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dihal.evaluation.result import Estimate, Result, read_result
+from dihal.evaluation.bootstrap import Interval
+from dihal.evaluation.frontier.board import Board, Curve, SeedGroup, build_board, gather
+from dihal.evaluation.frontier.table import curve_cells, curve_columns, group_cells
+from dihal.evaluation.ranking import require_comparable
+from dihal.evaluation.result import Result, read_result
+from dihal.sweep.report import SweepReport
 
 ROOT = Path(__file__).resolve().parent.parent
-BLOCK = re.compile(r"(<!-- results: ([^>]*?) -->\n).*?(<!-- end results -->)", re.DOTALL)
-HEAD = (
-    "| split | method | training | best steps | KL, nats | top-1 agreement | NLL, nats | NLL of the backbone | tokens x window | file |\n"
-    "|---|---|---|---|---|---|---|---|---|---|\n"
-)
+BLOCK = re.compile(r"(<!-- (?P<kind>\w+): (?P<words>[^>]*?) -->\n).*?(<!-- end (?P=kind) -->)", re.DOTALL)
+
+BEST_PREDICTORS = 5
+"""Predictors shown of each sweep, beside the geometry scores."""
 
 
-def _shown(estimate: Estimate) -> str:
-    if estimate.value is None:
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
+
+    return line(headings) + "|" + "---|" * len(headings) + "\n" + "".join(map(line, rows))
+
+
+def _shown(found: Interval, digits: int = 3) -> str:
+    if found.value is None:
         return "-"
-    return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
+    if found.low is None or found.high is None:
+        return f"{found.value:.{digits}f}"
+    return f"{found.value:.{digits}f} [{found.low:.{digits}f}, {found.high:.{digits}f}]"
 
 
-def row(path: str) -> str:
-    """One line of the table."""
-    result: Result = read_result(ROOT / path)
+def _files(words: Sequence[str], root: Path) -> list[Path]:
+    """Files that the patterns match, each once, numbers in names by their size."""
+
+    def key(path: Path) -> list[tuple[int, str]]:
+        return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", str(path)) if part]
+
+    found: dict[Path, None] = {}
+    for word in words:
+        found |= dict.fromkeys(sorted(root.glob(word), key=key))
+    return list(found)
+
+
+# -- results at the best number of steps
+
+RESULTS = (
+    "split", "method", "training", "best steps", "KL, nats", "top-1 agreement", "NLL, nats", "NLL of the backbone",
+    "tokens x window", "file",
+)  # fmt: skip
+
+
+def row(path: str, root: Path) -> list[str]:
+    """One line of the table of results."""
+    result: Result = read_result(root / path)
     steps = min(result.metrics, key=lambda key: (result.metrics[key]["kl"].value, int(key)))
     block = result.metrics[steps]
     cost = result.cost
-    trained = f"{cost.train_seconds:.0f} s, {cost.diffused_tokens / 1e6:.0f}M tokens"
     nll = block["nll"]
-    return (
-        f"| {result.split} | {result.method}, {cost.trainable_parameters / 1e6:.0f}M | {trained} | {steps} | {_shown(block['kl'])} "
-        f"| {block['agreement'].value:.3f} | {nll.value:.3f} | {nll.value - nll.difference:.3f} "
-        f"| {result.comparable.tokens // 1000}k x {result.comparable.sequence_length} | `{path}` |\n"
-    )
+    return [
+        str(result.split),
+        f"{result.method}, {cost.trainable_parameters / 1e6:.0f}M",
+        f"{cost.train_seconds:.0f} s, {cost.diffused_tokens / 1e6:.0f}M tokens",
+        steps,
+        _shown(block["kl"].interval),
+        f"{block['agreement'].value:.3f}",
+        f"{nll.value:.3f}",
+        f"{nll.value - nll.difference:.3f}",
+        f"{result.comparable.tokens // 1000}k x {result.comparable.sequence_length}",
+        f"`{path}`",
+    ]
 
 
-def filled(text: str) -> str:
-    """The README with every table made anew."""
-    return BLOCK.sub(lambda found: found[1] + HEAD + "".join(map(row, found[2].split())) + found[3], text)
+def results(words: Sequence[str], root: Path) -> str:
+    """Results as they are named, one row each."""
+    return _table(RESULTS, [row(path, root) for path in words])
+
+
+# -- spaces at equal entropy
+
+
+def _best_lines(board: Board) -> list[Curve | SeedGroup]:
+    """A group in the place of its seeds, and each at the number of steps with the largest area."""
+    grouped = [curve for group in board.groups for curve in group.curves]
+    best: dict[str, Curve | SeedGroup] = {}
+    for line in board.lines():
+        if isinstance(line, Curve) and line in grouped:
+            continue
+        held = best.get(line.label)
+        if held is None or (line.area.value or 0.0) > (held.area.value or 0.0):
+            best[line.label] = line
+    return list(best.values())
+
+
+def _frontier_row(line: Curve | SeedGroup, board: Board) -> dict[str, str]:
+    group = isinstance(line, SeedGroup)
+    cells = group_cells(line, board.axis) if group else curve_cells(line, board.axis)
+    first = (line.curves[0] if group else line).points[0]
+    flops = first.flops_per_token
+    if not group and line.seed is not None:
+        cells["seeds"] = f"1 ({line.seed})"
+    # What differs between seeds is empty; FLOPs do not.
+    return {**cells, "name": line.label, "flops": "" if flops is None else f"{flops / 1e9:.3g}"}
+
+
+def frontier(words: Sequence[str], root: Path) -> str:
+    """Rows at equal entropy with what they cost; several training seeds as their mean (lowest to highest)."""
+    place = list(words).index("at") if "at" in words else len(words)
+    files = _files(words[:place], root)
+    if not files:
+        return ""
+    rows, _ = gather(files)
+    board = build_board(rows, entropies=[float(word) for word in words[place + 1 :]])
+    headings = curve_columns(board) | {
+        "steps": "steps (largest area)",
+        "flops": "GFLOP/token",
+        "tokens": "training tokens",
+    }
+    measured = [name for name in headings if name.startswith(("nll_", "agreement_"))]
+    names = ["name", "steps", *measured, "nfe", "flops", "tokens", "seeds"]
+    cells = [_frontier_row(line, board) for line in _best_lines(board)]
+    return _table([headings[name] for name in names], [[found[name] or "-" for name in names] for found in cells])
+
+
+# -- bridge against regression over steps
+
+
+def steps(words: Sequence[str], root: Path) -> str:
+    """KL of trained rows at every number of steps, by split; the least of a split in bold."""
+    found = [(path, read_result(path)) for path in _files(words, root)]
+    found = [(path, result) for path, result in found if result.kind == "checkpoint"]
+    if not found:
+        return ""
+    require_comparable(found)
+    ordered = sorted((result for _, result in found), key=lambda result: (result.split, result.method, result.name))
+    counts = sorted({int(count) for result in ordered for count in result.metrics})
+    least = {
+        split: min(
+            block["kl"].value for result in ordered if result.split == split for block in result.metrics.values()
+        )
+        for split in {result.split for result in ordered}
+    }
+    rows = []
+    for result in ordered:
+        cells = [str(result.split), f"{result.method} (`{result.name}`)"]
+        for count in counts:
+            block = result.metrics.get(str(count))
+            text = "-" if block is None else _shown(block["kl"].interval)
+            cells.append(f"**{text}**" if block is not None and block["kl"].value == least[result.split] else text)
+        rows.append(cells)
+    return _table(["split", "method", *(f"KL at {count} step{'s' * (count != 1)}" for count in counts)], rows)
+
+
+# -- what predicts the truth of a sweep
+
+
+def sweep(words: Sequence[str], root: Path) -> str:
+    """The predictors of least regret and all geometry scores, per sweep."""
+    rows = []
+    for path in _files(words, root):
+        report = SweepReport.load(path)
+        truth = report.truths[report.truth]
+        for place, name in enumerate(report.ranking, start=1):
+            item, relation = report.predictors[name], report.relations[report.truth][name]
+            if place > BEST_PREDICTORS and item["group"] != "score":
+                continue
+            rows.append(
+                [
+                    f"{report.regime}: {truth['label']}",
+                    str(place),
+                    item["label"],
+                    _shown(relation.spearman, 2),
+                    _shown(relation.kendall, 2),
+                    "-" if relation.choice is None else str(relation.choice),
+                    f"{_shown(relation.regret, 4)} {truth['unit']}" if relation.regret.value is not None else "-",
+                ]
+            )
+    headings = ["regime: truth", "rank", "predictor", "Spearman", "Kendall", "chooses split", "top-1 regret"]
+    return _table(headings, rows) if rows else ""
+
+
+TABLES: dict[str, Callable[[Sequence[str], Path], str]] = {
+    "results": results,
+    "frontier": frontier,
+    "steps": steps,
+    "sweep": sweep,
+}
+
+
+def filled(text: str, root: Path = ROOT) -> str:
+    """The README with every table made anew from the files below ``root``."""
+
+    def fill(found: re.Match[str]) -> str:
+        if found["kind"] not in TABLES:
+            sys.exit(f"README.md: no table {found['kind']!r}; there are {', '.join(TABLES)}.")
+        return found[1] + TABLES[found["kind"]](found["words"].split(), root) + found[4]
+
+    return BLOCK.sub(fill, text)
 
 
 def main() -> None:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
+from dihal.config import TrainConfig
+from dihal.config.convert import to_dict
 from dihal.errors import UsageError
 from dihal.evaluation.bootstrap import Interval
 from dihal.evaluation.definitions import ratio
@@ -17,12 +22,21 @@ from dihal.evaluation.frontier.assemble import resample_weights
 from dihal.evaluation.frontier.curve import area, at_entropy
 from dihal.evaluation.frontier.definitions import METRICS
 from dihal.evaluation.frontier.result import FrontierRow, Point, is_row, read_row
-from dihal.io import read_json
+from dihal.io import canonical_json, read_json
 
-__all__ = ["Board", "Curve", "Matched", "build_board", "gather", "require_comparable"]
+__all__ = ["Board", "Curve", "Matched", "SeedGroup", "build_board", "gather", "require_comparable"]
 
 REFERENCE = "backbone"
 """Row that the others are compared with at equal entropy."""
+
+_NO_WEIGHTS = (
+    "seed", "out", "resume", "dry_run", "log.", "data.source", "data.workers", "budget.trials",
+    "trainer.validate_every", "trainer.validate_batches", "trainer.save_every", "trainer.keep", "trainer.max_nonfinite",
+)  # fmt: skip
+"""Options of training in which seeds of one method may differ. The text itself is compared by its fingerprint."""
+
+_SPENT_ALIKE = 0.05
+"""Share by which the diffused tokens of such seeds may differ: time limits end at no round number, stopped runs earlier."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +69,46 @@ class Curve:
         several = len({point.steps for point in self.row.points}) > 1
         return f"{self.label}, {self.steps} step{'s' * (self.steps != 1)}" if several else self.label
 
+    @property
+    def seed(self) -> int | None:
+        """Training seed; null for a row that was not trained."""
+        return None if self.row.train_config is None else self.row.train_config["seed"]
+
+
+def _shared(parts: Sequence[Sequence[str]]) -> int:
+    """How many words at their beginning are the same in all."""
+    return sum(1 for _ in takewhile(lambda words: len(set(words)) == 1, zip(*parts, strict=False)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeedGroup:
+    """Curves of checkpoints that differ in nothing but the training seed, written in the same way.
+
+    Where intervals stand elsewhere, `value` is the mean over seeds here, `low` and `high` the lowest and the highest
+    seed; all null where a seed has no value.
+    """
+
+    curves: list[Curve]
+    """At least two, by seed."""
+    matched: list[Matched]
+    area: Interval
+
+    @property
+    def seeds(self) -> list[int | None]:
+        """Training seeds, ascending."""
+        return [curve.seed for curve in self.curves]
+
+    @property
+    def label(self) -> str:
+        """What the labels share, and in braces where they differ."""
+        # Words and what stands between them: `run-1` and `run-11` differ in a word, not in a digit.
+        parts = [re.findall(r"\w+|\W", curve.label) for curve in self.curves]
+        head = _shared(parts)
+        tail = _shared([part[head:][::-1] for part in parts])
+        own = ["".join(part[head : len(part) - tail]) for part in parts]
+        first = parts[0]
+        return "".join(first[:head]) + "{" + ", ".join(own) + "}" + "".join(first[len(first) - tail :])
+
 
 @dataclass(frozen=True, kw_only=True)
 class Board:
@@ -69,6 +123,20 @@ class Board:
     """Entropies of the area."""
     ignored: int
     """JSON files in the folders that are no rows."""
+    groups: list[SeedGroup] = field(default_factory=list)
+    """Further rows: several training seeds of one method, in the order of the curves."""
+    ungrouped: list[str] = field(default_factory=list)
+    """Why curves that seem to be seeds of one method are not summed up, one sentence each."""
+
+    def lines(self) -> Iterator[Curve | SeedGroup]:
+        """Rows of the table of curves: each group stands above the first of its curves."""
+        for curve in self.curves:
+            yield from (group for group in self.groups if min(group.curves, key=self.curves.index) is curve)
+            yield curve
+
+    def single(self, curve: Curve) -> bool:
+        """Whether a curve is the only training seed of its method."""
+        return curve.seed is not None and not any(curve in group.curves for group in self.groups)
 
     @property
     def first(self) -> FrontierRow:
@@ -210,7 +278,17 @@ def build_board(
                     area=_interval(float(values[0]), values[1:], row.confidence),
                 )
             )
-    return Board(curves=sorted(curves, key=_order), axis=metric, entropies=list(entropies), range=span, ignored=ignored)
+    curves.sort(key=_order)
+    groups, ungrouped = _seed_groups(curves)
+    return Board(
+        curves=curves,
+        axis=metric,
+        entropies=list(entropies),
+        range=span,
+        ignored=ignored,
+        groups=groups,
+        ungrouped=ungrouped,
+    )
 
 
 def _matched(bundle: _Bundle, anchor: _Bundle | None, place: float, confidence: float) -> Matched:
@@ -225,6 +303,77 @@ def _matched(bundle: _Bundle, anchor: _Bundle | None, place: float, confidence: 
         agreement=interval(bundle.at(bundle.agreement, place)),
         behind=interval(behind),
     )
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _flat(item, f"{name}.{key}" if name else key)
+    else:
+        yield name, value
+
+
+def _method(curve: Curve) -> str:
+    """What curves must share to be seeds of one method."""
+    row = curve.row
+    # A file may be older than an option; it was trained with what is the default now.
+    options = dict(_flat(to_dict(TrainConfig()))) | dict(_flat(row.train_config))
+    kept = {
+        name: value
+        for name, value in options.items()
+        if not any(name == other or (other[-1] == "." and name.startswith(other)) for other in _NO_WEIGHTS)
+    }
+    weights = None if row.checkpoint is None else row.checkpoint.get("weights")
+    return canonical_json([kept, row.split, row.writing, weights, curve.steps])
+
+
+def _seed_groups(curves: Sequence[Curve]) -> tuple[list[SeedGroup], list[str]]:
+    alike: dict[str, list[Curve]] = {}
+    for curve in curves:
+        if curve.row.train_config is not None:
+            alike.setdefault(_method(curve), []).append(curve)
+    groups, ungrouped = [], []
+    for members in alike.values():
+        members = sorted(members, key=lambda curve: (curve.seed, curve.label))
+        reason = _unclear(members)
+        if len(members) > 1 and reason is None:
+            groups.append(_seed_group(members))
+        elif len(members) > 1:
+            ungrouped.append(f"Not summed up over training seeds: {', '.join(c.name for c in members)} ({reason}).")
+    return groups, ungrouped
+
+
+def _unclear(members: Sequence[Curve]) -> str | None:
+    """Why curves of one method are not its seeds."""
+    seeds = [curve.seed for curve in members]
+    twice = sorted({seed for seed in seeds if seeds.count(seed) > 1 and seed is not None})
+    if twice:
+        return f"training seed {', '.join(map(str, twice))} is there more than once"
+    spent = [curve.row.cost.get("diffused_tokens") or 0 for curve in members]
+    if max(spent) - min(spent) > _SPENT_ALIKE * max(spent):
+        return f"trained on {min(spent):,} to {max(spent):,} tokens"
+    return None
+
+
+def _seed_group(members: list[Curve]) -> SeedGroup:
+    matched = [
+        Matched(
+            entropy=found[0].entropy,
+            nll=_spread([item.nll for item in found]),
+            agreement=_spread([item.agreement for item in found]),
+            behind=_spread([item.behind for item in found]),
+        )
+        for found in zip(*(curve.matched for curve in members), strict=True)
+    ]
+    return SeedGroup(curves=members, matched=matched, area=_spread([curve.area for curve in members]))
+
+
+def _spread(found: Sequence[Interval]) -> Interval:
+    """Mean, lowest and highest; all null where one is missing, as the others are no fair sample of the method."""
+    values = [item.value for item in found if item.value is not None]
+    if len(values) < len(found):
+        return Interval(value=None, low=None, high=None)
+    return Interval(value=math.fsum(values) / len(values), low=min(values), high=max(values))
 
 
 def _steps(row: FrontierRow) -> list[int]:

@@ -11,9 +11,9 @@ from dihal.evaluation.frontier.board import Board, Curve
 from dihal.evaluation.frontier.definitions import METRICS, SET_METRICS
 from dihal.evaluation.frontier.result import FrontierRow
 from dihal.evaluation.frontier.table import (
-    curve_cells,
     curve_columns,
     describe,
+    line_cells,
     point_cells,
     point_columns,
 )
@@ -39,8 +39,8 @@ def _table(columns: dict[str, str], rows: list[tuple[str, dict[str, str]]], labe
         line = []
         for name in used:
             text = row[name]
-            # The value before its interval sorts; an empty cell stays last.
-            key = re.sub(r"(?<=\d)[kMGT]$", lambda unit: _POWERS[unit[0]], text.split(" [")[0])
+            # The value before its interval or its seeds sorts; an empty cell stays last.
+            key = re.sub(r"(?<=\d)[kMGT]$", lambda unit: _POWERS[unit[0]], re.split(r"(?<=\d) [\[(]", text)[0])
             value = f' data-v="{escape(key, quote=True)}"' if text else ""
             if name == "name":
                 line.append(f'<th scope="row"{value}>{escape(text)}</th>')
@@ -105,7 +105,7 @@ def to_html(board: Board, drawing: str) -> str:
         drawing: the figure as SVG.
     """
     notes = "".join(f"<li>{escape(sentence)}</li>" for sentence in describe(board))
-    curves = [(curve.row.kind, curve_cells(curve, board.axis)) for curve in board.curves]
+    curves = line_cells(board)
     points = [(curve.row.kind, point_cells(curve, point, board)) for curve in board.curves for point in curve.points]
     terms = [(metric.label, metric.definition) for metric in METRICS.values()] + list(SET_METRICS.values())
     defined = "".join(f"<dt>{escape(label)}</dt><dd>{escape(text)}</dd>" for label, text in terms)

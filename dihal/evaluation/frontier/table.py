@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from dihal.evaluation.bootstrap import Interval
-from dihal.evaluation.frontier.board import Board, Curve
+from dihal.evaluation.frontier.board import Board, Curve, SeedGroup
 from dihal.evaluation.frontier.definitions import METRICS, SET_METRICS
 from dihal.evaluation.frontier.result import Point
 
@@ -20,6 +20,8 @@ __all__ = [
     "curve_columns",
     "curves_csv",
     "describe",
+    "group_cells",
+    "line_cells",
     "point_cells",
     "point_columns",
     "points_csv",
@@ -45,6 +47,13 @@ def with_interval(found: Interval, digits: int = 2) -> str:
     return f"{found.value:.{digits}f} [{found.low:.{digits}f}, {found.high:.{digits}f}]"
 
 
+def with_spread(found: Interval, digits: int = 2) -> str:
+    """``4.78 (4.71 to 4.85)``: mean, lowest and highest seed."""
+    if found.value is None:
+        return ""
+    return f"{found.value:.{digits}f} ({found.low:.{digits}f} to {found.high:.{digits}f})"
+
+
 def count(value: float | int | None) -> str:
     """``79M``."""
     if value is None:
@@ -57,7 +66,7 @@ def count(value: float | int | None) -> str:
 
 def curve_columns(board: Board) -> dict[str, str]:
     """Column key -> heading of the table of curves."""
-    columns = {"name": "row", "kind": "kind", "steps": "steps"}
+    columns = {"name": "row", "kind": "kind", "seeds": "training seeds", "steps": "steps"}
     for index, entropy in enumerate(board.entropies):
         columns |= {
             f"nll_{index}": f"NLL @ {entropy:.2f}",
@@ -76,6 +85,7 @@ def curve_cells(curve: Curve, axis: str) -> dict[str, str]:
     found = {
         "name": curve.label,
         "kind": KIND_TEXT[curve.row.kind],
+        "seeds": "" if curve.seed is None else str(curve.seed),
         "steps": "" if curve.steps == 0 else str(curve.steps),
         # One point has no curve; its area would only say where the point lies.
         "area": "" if text else with_interval(curve.area),
@@ -97,6 +107,38 @@ def curve_cells(curve: Curve, axis: str) -> dict[str, str]:
         nll, entropy = point.metrics["nll"].value, point.metrics[axis].value
         found["nll_0"] = f"{number(nll)} at {number(entropy)}"
         found["agreement_0"] = f"{number(point.metrics['agreement'].value)} at {number(entropy)}"
+    return found
+
+
+def group_cells(group: SeedGroup, axis: str) -> dict[str, str]:
+    """The texts of several training seeds by column: means with the lowest and highest seed, and what all share."""
+    rows = [curve_cells(curve, axis) for curve in group.curves]
+    found = {name: text if all(row[name] == text for row in rows) else "" for name, text in rows[0].items()}
+    found |= {
+        "name": f"{group.label}, {len(group.seeds)} seeds: mean (lowest to highest)",
+        "seeds": f"{len(group.seeds)} ({', '.join(map(str, group.seeds))})",
+        "area": with_spread(group.area),
+        # How fast a seed was written says nothing about another.
+        "speed": "",
+    }
+    for index, matched in enumerate(group.matched):
+        found[f"nll_{index}"] = with_spread(matched.nll)
+        found[f"behind_{index}"] = with_spread(matched.behind)
+        found[f"agreement_{index}"] = with_spread(matched.agreement)
+    return found
+
+
+def line_cells(board: Board) -> list[tuple[str, dict[str, str]]]:
+    """(kind, texts by column) of every row of the table of curves, groups of seeds among them."""
+    found = []
+    for line in board.lines():
+        if isinstance(line, SeedGroup):
+            found.append(("checkpoint", group_cells(line, board.axis)))
+            continue
+        cells = curve_cells(line, board.axis)
+        if board.single(line):
+            cells["seeds"] = f"{line.seed} only"
+        found.append((line.row.kind, cells))
     return found
 
 
@@ -131,6 +173,21 @@ def point_cells(curve: Curve, point: Point, board: Board) -> dict[str, str]:
     return found
 
 
+def _about_intervals(board: Board) -> list[str]:
+    lines = [
+        f"Intervals in brackets: {board.first.confidence:.0%}, {board.first.bootstrap} resamples of documents, the same for "
+        "all rows. They do not cover training seeds."
+    ]
+    if board.groups:
+        lines.append(
+            "The spread of training seeds is in the rows of several seeds: mean over seeds (lowest to highest seed), no "
+            "interval; empty where a seed does not reach the entropy."
+        )
+    if any(map(board.single, board.curves)):
+        lines.append('A method with one training seed is marked "only": its spread over seeds is unknown.')
+    return lines
+
+
 def describe(board: Board) -> list[str]:
     """What the reader must know beside the tables, one sentence each."""
     first, shared = board.first, board.first.comparable
@@ -147,11 +204,10 @@ def describe(board: Board) -> list[str]:
         "interpolated between the temperatures of a row; empty where the row does not pass it.",
         f"Area: how far the row gets below log V = {math.log(first.scorer_vocab):.2f} nats at an entropy of at least e, "
         f"mean over e from {low:.2f} to {high:.2f}; higher is better.",
-        f"Intervals: {first.confidence:.0%}, {first.bootstrap} resamples of documents, the same for all rows. They do "
-        "not cover training seeds.",
+        *_about_intervals(board),
         "Distinct n-grams, self-BLEU, MAUVE and Frechet depend on the number of samples and have no interval.",
         "NFE, encodes, reads: passes of denoiser, replaced blocks and frozen stack per text, however many positions "
-        "each had. FLOPs of one text alone, prompt included, as torch counts them.",
+        "each had. FLOPs of one text alone, prompt included: metered for writers, counted by torch for the others.",
     ]
     if shared.samples < _FEW_SAMPLES:
         lines.append(f"Only {shared.samples} samples: too few for a headline.")
@@ -162,6 +218,7 @@ def describe(board: Board) -> list[str]:
          for name, why in point.missing.items() if curve.row.kind != "text"}
     )  # fmt: skip
     lines += reasons
+    lines += board.ungrouped
     cut = [label for label, row in board.rows() if len(row.points) < row.planned]
     if cut:
         lines.append(f"Interrupted, some points are missing: {', '.join(cut)}.")
@@ -186,7 +243,7 @@ def _markdown(columns: dict[str, str], rows: list[dict[str, str]], bold: list[bo
 def to_markdown(board: Board) -> str:
     """Both tables in Markdown with their notes."""
     pairs = [(curve, point) for curve in board.curves for point in curve.points]
-    trained = [curve.row.kind == "checkpoint" for curve in board.curves]
+    lines = line_cells(board)
     return (
         "\n".join(
             [
@@ -194,7 +251,11 @@ def to_markdown(board: Board) -> str:
                 "",
                 "![NLL against entropy](frontier.png)",
                 "",
-                *_markdown(curve_columns(board), [curve_cells(curve, board.axis) for curve in board.curves], trained),
+                *_markdown(
+                    curve_columns(board),
+                    [cells for _, cells in lines],
+                    [kind == "checkpoint" for kind, _ in lines],
+                ),
                 "",
                 *(f"- {sentence}" for sentence in describe(board)),
                 "",
@@ -216,14 +277,14 @@ def rich_table(board: Board) -> Table:
     from rich import box
 
     columns = curve_columns(board)
-    shown = [name for name in columns if name.startswith(("name", "steps", "nll", "agreement", "area", "nfe"))]
-    rows = [curve_cells(curve, board.axis) for curve in board.curves]
+    shown = [name for name in columns if name.startswith(("name", "seeds", "steps", "nll", "agreement", "area", "nfe"))]
+    lines = line_cells(board)
     table = Table(title="Frontier", box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0))
-    used = [name for name in shown if any(row[name] for row in rows)]
+    used = [name for name in shown if any(row[name] for _, row in lines)]
     for name in used:
         table.add_column(columns[name], justify="left" if name == "name" else "right", no_wrap=True)
-    for curve, row in zip(board.curves, rows, strict=True):
-        table.add_row(*(row[name] for name in used), style="bold" if curve.row.kind == "checkpoint" else "dim")
+    for kind, row in lines:
+        table.add_row(*(row[name] for name in used), style="bold" if kind == "checkpoint" else "dim")
     return table
 
 
@@ -256,18 +317,23 @@ def points_csv(board: Board) -> str:
 
 
 def curves_csv(board: Board) -> str:
-    """Every curve at every entropy of comparison, with its area."""
-    head = ["name", "kind", "steps", "entropy"]
+    """Every curve at every entropy of comparison, with its area; groups of training seeds in rows of kind `seeds`.
+
+    `bounds` says what low and high are: `documents` (interval over documents), `seeds` (lowest and highest seed).
+    """
     groups = ("nll", "agreement", "behind")
+    head = ["name", "kind", "seeds", "steps", "bounds", "entropy"]
     head += [
         name if part == "value" else f"{name}_{part}" for name in (*groups, "area") for part in ("value", "low", "high")
     ]
     rows: list[list[object]] = []
-    for curve in board.curves:
-        for matched in curve.matched:
-            found = [*(getattr(matched, name) for name in groups), curve.area]
-            rows.append(
-                [curve.label, curve.row.kind, curve.steps, matched.entropy]
-                + [value for item in found for value in (item.value, item.low, item.high)]
-            )
+    for line in board.lines():
+        if isinstance(line, SeedGroup):
+            seeds = " ".join(map(str, line.seeds))
+            facts: list[object] = [line.label, "seeds", seeds, line.curves[0].steps, "seeds"]
+        else:
+            facts = [line.label, line.row.kind, line.seed, line.steps, "documents"]
+        for matched in line.matched:
+            found = [*(getattr(matched, name) for name in groups), line.area]
+            rows.append([*facts, matched.entropy, *(v for item in found for v in (item.value, item.low, item.high))])
     return _csv(head, rows)
