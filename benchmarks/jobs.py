@@ -1,9 +1,9 @@
 """Run a list of commands over the GPUs of a machine, the finished ones left out.
 
-    python benchmarks/jobs.py benchmarks/comparison.yaml [--gpus 4] [--slots 2] [--seconds 1500] [--only NAME ...]
-        [--set KEY=VALUE ...]
+    python benchmarks/jobs.py benchmarks/comparison.yaml [FILE ...] [--gpus 4] [--slots 2] [--seconds 1500]
+        [--only NAME ...] [--set KEY=VALUE ...]
 
-The file is a mapping of job names, each with `run` (a command line, or a list of them), `done` (a file that exists when
+A file is a mapping of job names, each with `run` (a command line, or a list of them), `done` (a file that exists when
 the job is finished) and, if it needs others, `after` (their names). Jobs start in the order of the file, one per GPU
 (--slots: so many, for small models leave a GPU idle half the time), as soon as what they need is there; `seconds`
 (expected) keeps a job from starting when less time is left. `{name}` and whatever `--set` gives are put into the commands. Output goes to runs/jobs/NAME.log. A table at the end says what is
@@ -13,6 +13,7 @@ done, failed, skipped and why; the exit status is that of the worst.
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import os
 import shlex
 import subprocess
@@ -125,22 +126,29 @@ def run(jobs: list[Job], *, gpus: int, slots: int, seconds: float, console: Cons
 def main() -> None:
     """Read the file, run, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path)
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="one queue, in this order")
     parser.add_argument("--gpus", type=int, default=1, help="jobs at once, one per GPU")
     parser.add_argument("--slots", type=int, default=1, help="jobs at once on each GPU")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="no job starts that would not end in time")
-    parser.add_argument("--only", nargs="*", help="these jobs and what they need")
+    parser.add_argument("--only", nargs="*", help="these jobs (sweep*: all that begin so) and what they need")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE")
     arguments = parser.parse_args()
     values = dict(item.split("=", 1) for item in arguments.set)
-    jobs = read_jobs(arguments.file, values)
+    jobs = [job for file in arguments.files for job in read_jobs(file, values)]
+    twice = sorted({job.name for job in jobs if sum(other.name == job.name for other in jobs) > 1})
+    if twice:
+        sys.exit(f"several files have jobs of one name: {', '.join(twice)}. Run them one after the other.")
     if arguments.only:
         by_name = {job.name: job for job in jobs}
-        wanted, queue = set(), list(arguments.only)
+        wanted: set[str] = set()
+        queue: list[str] = []
+        for pattern in arguments.only:
+            found = fnmatch.filter(by_name, pattern)
+            if not found:
+                sys.exit(f"no job {pattern!r}; there are: {', '.join(by_name)}.")
+            queue.extend(found)
         while queue:
             name = queue.pop()
-            if name not in by_name:
-                sys.exit(f"{arguments.file} has no job {name!r}; it has: {', '.join(by_name)}.")
             wanted.add(name)
             queue.extend(by_name[name].after)
         jobs = [job for job in jobs if job.name in wanted]

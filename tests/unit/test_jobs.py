@@ -57,6 +57,19 @@ def test_time_values_and_selection(tmp_path: Path) -> None:
     assert "--set where=" in queue(tmp_path, jobs).stderr
 
 
+def test_several_files_are_one_queue_and_names_may_be_patterns(tmp_path: Path) -> None:
+    (tmp_path / "more.yaml").write_text(
+        yaml.safe_dump({"x-1": touch("x1.out"), "x-2": touch("x2.out"), "y": touch("y")})
+    )
+    found = queue(tmp_path, {"a": touch("a.out"), "b": touch("b.out")}, "more.yaml", "--only", "a", "x-*")
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert {path.name for path in tmp_path.glob("*.out")} == {"a.out", "x1.out", "x2.out"}
+    assert not (tmp_path / "y").exists()
+    assert "no job 'z*'" in queue(tmp_path, {"a": touch("a.out")}, "--only", "z*").stderr
+    (tmp_path / "same.yaml").write_text(yaml.safe_dump({"a": touch("other.out")}))
+    assert "jobs of one name: a" in queue(tmp_path, {"a": touch("a.out")}, "same.yaml").stderr
+
+
 @pytest.mark.parametrize("file", ["comparison.yaml", "circuits.yaml", "pilots.yaml"])
 def test_the_shipped_files_read_and_name_configurations_that_exist(file: str) -> None:
     sys.path.insert(0, str(ROOT / "benchmarks"))
