@@ -88,7 +88,7 @@ def _sweep(config: SweepConfig) -> None:
     from dihal.sweep import sweep
 
     if not _first_process():
-        return  # one process, as evaluation
+        return  # one process
     sweep(config)
 
 

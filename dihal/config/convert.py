@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 from dihal.errors import UsageError, unknown_name
 from dihal.io import hash_json
 
-__all__ = ["config_hash", "from_dict", "to_dict"]
+__all__ = ["config_hash", "flatten", "from_dict", "named_in", "to_dict"]
 
 Config = TypeVar("Config")
 
@@ -82,3 +83,17 @@ def _read(kind: Any, data: Any, where: str) -> Any:
 
 def _mistyped(where: str, wanted: str, data: Any) -> UsageError:
     return UsageError(f"{where}: expected {wanted}, found {data!r}.")
+
+
+def flatten(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted name, value) of every leaf of nested dicts."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from flatten(item, f"{name}.{key}" if name else key)
+    else:
+        yield name, value
+
+
+def named_in(name: str, entries: Sequence[str]) -> bool:
+    """Whether a dotted name is one of the entries, or below one that ends with a dot."""
+    return any(name == entry or (entry.endswith(".") and name.startswith(entry)) for entry in entries)

@@ -32,17 +32,13 @@ def open_backbone(
         UsageError: weights or tokenizer that a checkpoint was not trained with; one GPU named for several processes.
     """
     from dihal.backbone import backbone_from_config
+    from dihal.geometry.ranks import on_own_device
 
-    if device is not None and chosen is not None and chosen.device.startswith("cuda:"):
-        raise UsageError(
-            f"backbone.device={chosen.device} names one GPU, but there are several processes. Set backbone.device=auto: "
-            "each process takes its own GPU."
-        )
     if chosen is None:
         chosen = checkpoints[0].config.backbone if checkpoints else BackboneConfig()
-    if device not in (None, "cpu") and chosen.device != "cpu":
-        chosen = replace(chosen, device=device)
-    backbone = backbone_from_config(chosen)
+        if device is not None and chosen.device != "cpu":
+            chosen = replace(chosen, device="auto")  # the GPU that it was trained on is nobody's choice here
+    backbone = backbone_from_config(on_own_device(chosen, device))
     for checkpoint in checkpoints:
         require_checkpoint_backbone(checkpoint, backbone)
         require_tokenizer(checkpoint, backbone)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 from dihal.backbone import backbone_from_config
 from dihal.config import ScoreRunConfig
 from dihal.data import read_documents, split_documents
-from dihal.errors import UsageError
-from dihal.geometry.ranks import joined
+from dihal.geometry.ranks import joined, on_own_device
 from dihal.geometry.report import ScoreReport
 from dihal.geometry.score import score_layers
 from dihal.io import output_dir
@@ -27,15 +25,7 @@ def run_score(config: ScoreRunConfig) -> tuple[ScoreReport, Path] | None:
         UsageError: options, text, backbone or file system.
     """
     with joined() as (ranks, device), output_dir(config.out):
-        backbone_config = config.backbone
-        if device is not None:
-            if backbone_config.device.startswith("cuda:"):
-                raise UsageError(
-                    f"backbone.device={backbone_config.device} names one GPU, but there are {ranks.size} processes. "
-                    "Set backbone.device=auto: each process takes its own GPU."
-                )
-            chosen = device if backbone_config.device in ("auto", "cuda") else backbone_config.device
-            backbone_config = replace(backbone_config, device=chosen)
+        backbone_config = on_own_device(config.backbone, device)
         train, _ = split_documents(read_documents(config.data), config.data)
         backbone = backbone_from_config(backbone_config)
         texts = [document.text for document in train]

@@ -1,4 +1,4 @@
-"""Scoring by several processes: each runs its share of the chunks; sums are added, layers are shared out.
+"""Scoring (and evaluation) by several processes: each runs its share of the chunks; sums are added, layers are shared out.
 
 The numbers are those of one process. A chunk is computed alike wherever it runs, its products are
 added in fp64, and the pool is put together bit by bit; only the order of fp64 sums depends on the
@@ -10,20 +10,21 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dihal.config import BackboneConfig
 from dihal.errors import UsageError
 
 if TYPE_CHECKING:
     from dihal.geometry.moments import Moments
     from dihal.geometry.streaming import LayerStatistics
 
-__all__ = ["Ranks", "joined"]
+__all__ = ["Ranks", "joined", "on_own_device"]
 
 Item = TypeVar("Item")
 
@@ -116,3 +117,19 @@ def joined() -> Iterator[tuple[Ranks, str | None]]:
         yield Ranks(rank=dist.get_rank(), size=dist.get_world_size()), device
     finally:
         dist.destroy_process_group()
+
+
+def on_own_device(chosen: BackboneConfig, device: str | None) -> BackboneConfig:
+    """Put the backbone on the device of this process; None: there is one process, which may choose.
+
+    Raises:
+        UsageError: one GPU is named for several processes.
+    """
+    if device is None:
+        return chosen
+    if chosen.device.startswith("cuda:"):
+        raise UsageError(
+            f"backbone.device={chosen.device} names one GPU, but there are several processes. Set backbone.device=auto: "
+            "each process takes its own GPU."
+        )
+    return replace(chosen, device=device) if chosen.device in ("auto", "cuda") else chosen

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from dihal.checkpoint import Checkpoint
 from dihal.config import TrainConfig
-from dihal.config.convert import to_dict
+from dihal.config.convert import flatten, named_in, to_dict
 from dihal.errors import UsageError
 from dihal.training.budget import Plan
 
@@ -24,21 +23,9 @@ _NOTED = ("trainer.skip_spike",)
 _IDENTITIES = ("backbone_full_fingerprint", "backbone_lower_fingerprint", "tokenizer_fingerprint", "data_fingerprint")
 
 
-def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from _flat(item, f"{name}.{key}" if name else key)
-    else:
-        yield name, value
-
-
 def _changes(config: TrainConfig, checkpoint: Checkpoint) -> dict[str, tuple[Any, Any]]:
-    before, now = dict(_flat(to_dict(checkpoint.config))), dict(_flat(to_dict(config)))
+    before, now = dict(flatten(to_dict(checkpoint.config))), dict(flatten(to_dict(config)))
     return {name: (before.get(name), value) for name, value in now.items() if before.get(name) != value}
-
-
-def _among(name: str, prefixes: tuple[str, ...]) -> bool:
-    return any(name == prefix or (prefix.endswith(".") and name.startswith(prefix)) for prefix in prefixes)
 
 
 def check_resume(config: TrainConfig, plan: Plan, checkpoint: Checkpoint, manifest: dict[str, Any]) -> None:
@@ -50,7 +37,7 @@ def check_resume(config: TrainConfig, plan: Plan, checkpoint: Checkpoint, manife
     differing = [
         f"{name} was {before!r}, is {now!r}"
         for name, (before, now) in _changes(config, checkpoint).items()
-        if _among(name, _FIXED)
+        if named_in(name, _FIXED)
     ]
     before = checkpoint.state["global_batch"]
     if before != plan.sequences_per_step:
@@ -74,7 +61,7 @@ def resume_notes(config: TrainConfig, checkpoint: Checkpoint) -> list[str]:
     changed = [
         f"{name} {before!r} -> {now!r}"
         for name, (before, now) in _changes(config, checkpoint).items()
-        if _among(name, _NOTED) or not (_among(name, _FREE) or _among(name, _FIXED))
+        if named_in(name, _NOTED) or not (named_in(name, _FREE) or named_in(name, _FIXED))
     ]
     notes = [f"going on from {checkpoint.path.name}"]
     if changed:

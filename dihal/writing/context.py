@@ -123,13 +123,13 @@ class Context:
     def _denoiser(
         self,
         branch: str,
+        keep: bool,
         inputs: Tensor,
         t: Tensor,
         condition: Tensor,
         drop: Tensor,
         known: Tensor,
         previous: Tensor | None,
-        keep: bool,
     ) -> Tensor:
         return self.writer.denoiser(
             inputs,
@@ -203,7 +203,7 @@ class Context:
         low = torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.precision == "bfloat16")
         if self.cached:
             with low:
-                out = self._denoiser(branch, inputs, t, condition, drop, known, previous, keep)
+                out = self._denoiser(branch, keep, inputs, t, condition, drop, known, previous)
             meter.denoiser(denoiser, batch=self.batch, new=count, keys=self._keys(count), times=t.numel())
         else:
             held = self._inputs[branch]

@@ -138,17 +138,7 @@ class StaticContext(Context):
 
         return self._run("suffix", run, states.to(self.backbone.dtype))
 
-    def _denoiser(
-        self,
-        branch: str,
-        inputs: Tensor,
-        t: Tensor,
-        condition: Tensor,
-        drop: Tensor,
-        known: Tensor,
-        previous: Tensor | None,
-        keep: bool,
-    ) -> Tensor:
+    def _denoiser(self, branch: str, keep: bool, *given: Tensor | None) -> Tensor:
         def run(inputs: Tensor, *rest: Tensor | None) -> Tensor:
             t, condition, drop, known, previous = rest
             return self.writer.denoiser(
@@ -162,4 +152,4 @@ class StaticContext(Context):
                 cache=self._caches[branch],
             )
 
-        return self._run(f"denoiser {branch}", run, inputs, t, condition, drop, known, previous)
+        return self._run(f"denoiser {branch}", run, *given)

@@ -8,13 +8,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
 from dihal.config import TrainConfig
-from dihal.config.convert import to_dict
+from dihal.config.convert import flatten, named_in, to_dict
 from dihal.errors import UsageError
 from dihal.evaluation.bootstrap import Interval
 from dihal.evaluation.definitions import ratio
@@ -305,24 +304,12 @@ def _matched(bundle: _Bundle, anchor: _Bundle | None, place: float, confidence: 
     )
 
 
-def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from _flat(item, f"{name}.{key}" if name else key)
-    else:
-        yield name, value
-
-
 def _method(curve: Curve) -> str:
     """What curves must share to be seeds of one method."""
     row = curve.row
     # A file may be older than an option; it was trained with what is the default now.
-    options = dict(_flat(to_dict(TrainConfig()))) | dict(_flat(row.train_config))
-    kept = {
-        name: value
-        for name, value in options.items()
-        if not any(name == other or (other[-1] == "." and name.startswith(other)) for other in _NO_WEIGHTS)
-    }
+    options = dict(flatten(to_dict(TrainConfig()))) | dict(flatten(row.train_config))
+    kept = {name: value for name, value in options.items() if not named_in(name, _NO_WEIGHTS)}
     weights = None if row.checkpoint is None else row.checkpoint.get("weights")
     return canonical_json([kept, row.split, row.writing, weights, curve.steps])
 

@@ -8,7 +8,7 @@ from jaxtyping import Float
 
 from dihal.errors import UsageError
 
-__all__ = ["MAUVE_FEWEST", "MAUVE_MISSING", "RealFeatures", "frechet", "mauve_score"]
+__all__ = ["MAUVE_FEWEST", "MAUVE_MISSING", "RealFeatures", "mauve_score"]
 
 MAUVE_MISSING = "mauve-text is not installed: pip install 'dihal[mauve]'"
 MAUVE_FEWEST = 100
@@ -49,7 +49,11 @@ class RealFeatures:
         self._root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
 
     def distance(self, found: Float[np.ndarray, "others channels"]) -> float:
-        """Return the relative Frechet distance of generated texts' features; see :func:`frechet`.
+        """Return the relative Frechet distance of generated texts' features.
+
+        |m - m'|^2 + tr(S + S' - 2 (S S')^(1/2)) of the Gaussians fitted to both (Dowson & Landau 1982), in the leading
+        principal directions of the real features, divided by tr S' there: 0 where the Gaussians agree, 1 for a set that
+        shrinks to the real mean. With n samples it is biased upwards by about channels / n: compare equal n only.
 
         Raises:
             UsageError: fewer than two texts.
@@ -60,26 +64,6 @@ class RealFeatures:
         cross = np.sqrt(np.clip(np.linalg.eigvalsh(self._root @ spread @ self._root), 0, None)).sum()
         distance = ((mean - self._mean) ** 2).sum() + np.trace(spread) + np.trace(self._spread) - 2 * cross
         return float(max(distance, 0.0) / np.trace(self._spread))
-
-
-def frechet(
-    found: Float[np.ndarray, "samples channels"], real: Float[np.ndarray, "others channels"], *, channels: int
-) -> float:
-    """Return the relative Frechet distance of two sets of features.
-
-    |m - m'|^2 + tr(S + S' - 2 (S S')^(1/2)) of the Gaussians fitted to both (Dowson & Landau 1982), in the leading
-    principal directions of the real features, divided by tr S' there: 0 where the Gaussians agree, 1 for a set that
-    shrinks to the real mean. With n samples it is biased upwards by about channels / n: compare equal n only.
-
-    Args:
-        found: features of the generated texts.
-        real: features of the real texts.
-        channels: directions at most; fewer where there are fewer real texts or features.
-
-    Raises:
-        UsageError: fewer than two texts on a side.
-    """
-    return RealFeatures(real, channels=channels).distance(found)
 
 
 def mauve_score(

@@ -13,7 +13,7 @@ import pytest
 
 from dihal.errors import UsageError
 from dihal.evaluation.frontier.curve import area, at_entropy
-from dihal.evaluation.frontier.distances import frechet, mauve_score
+from dihal.evaluation.frontier.distances import RealFeatures, mauve_score
 from dihal.evaluation.frontier.statistics import TrainingGrams, self_bleu
 
 
@@ -76,19 +76,19 @@ def test_frechet_of_gaussians_is_the_closed_form():
     scale = np.array([1.0, 2.0, 3.0, 0.5, 1.0, 1.5])
     real, found = white * 2.0, white * scale + np.array([3.0, 0, 0, 0, 0, 0])
     expected = (9.0 + ((scale - 2.0) ** 2).sum()) / (4.0 * 6)
-    assert frechet(found, real, channels=6) == pytest.approx(expected, rel=1e-9)
-    assert frechet(real, real, channels=6) == pytest.approx(0.0, abs=1e-9)
-    assert frechet(np.zeros_like(real), real, channels=6) == pytest.approx(1.0)
+    assert RealFeatures(real, channels=6).distance(found) == pytest.approx(expected, rel=1e-9)
+    assert RealFeatures(real, channels=6).distance(real) == pytest.approx(0.0, abs=1e-9)
+    assert RealFeatures(real, channels=6).distance(np.zeros_like(real)) == pytest.approx(1.0)
 
 
 def test_frechet_looks_at_the_leading_directions_of_the_real_features():
     generator = np.random.default_rng(1)
     real = generator.standard_normal((500, 5)) * np.array([5.0, 4.0, 0.1, 0.1, 0.1])
     shifted = real + np.array([0, 0, 2.0, 0, 0])
-    assert frechet(shifted, real, channels=2) < 1e-3
-    assert frechet(shifted, real, channels=5) > 0.05
+    assert RealFeatures(real, channels=2).distance(shifted) < 1e-3
+    assert RealFeatures(real, channels=5).distance(shifted) > 0.05
     with pytest.raises(UsageError, match="two texts"):
-        frechet(real[:1], real, channels=2)
+        RealFeatures(real, channels=2).distance(real[:1])
 
 
 def test_mauve_is_none_without_the_library_and_asked_with_real_first(monkeypatch):
