@@ -34,7 +34,8 @@ def launch(script: list[str], processes: int, timeout: float, *, device: str) ->
         str(processes),
         *script,
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'benchmarks'}"}
+    search = [str(ROOT), str(ROOT / "benchmarks"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(search)}
     environment.setdefault("NCCL_NVLS_ENABLE", "0")
     if device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""

@@ -6,8 +6,10 @@
 A file is a mapping of job names, each with `run` (a command line, or a list of them), `done` (a file that exists when
 the job is finished) and, if it needs others, `after` (their names). Jobs start in the order of the file, one per GPU
 (--slots: so many, for small models leave a GPU idle half the time), as soon as what they need is there; `seconds`
-(expected) keeps a job from starting when less time is left. `{name}` and whatever `--set` gives are put into the commands. Output goes to runs/jobs/NAME.log. A table at the end says what is
-done, failed, skipped and why; the exit status is that of the worst.
+(expected) keeps a job from starting when less time is left. A job with `gpus` has so many GPUs to itself, as timings
+need; it waits until that many are idle, so put it first. `{name}` and whatever `--set` gives are put into the commands.
+Output goes to runs/jobs/NAME.log. A table at the end says what is done, failed, skipped and why; the exit status is
+that of the worst.
 """
 
 from __future__ import annotations
@@ -40,6 +42,8 @@ class Job:
     done: Path
     after: tuple[str, ...] = ()
     seconds: float = 0.0
+    gpus: int = 0
+    """Whole GPUs; 0: a slot of one."""
     state: str = "waiting"
     took: float = field(default=0.0)
 
@@ -57,9 +61,11 @@ def read_jobs(path: Path, values: dict[str, str]) -> list[Job]:
     """
     jobs: list[Job] = []
     for name, entry in yaml.safe_load(path.read_text(encoding="utf-8")).items():
-        unknown = set(entry) - {"run", "done", "after", "seconds"}
+        unknown = set(entry) - {"run", "done", "after", "seconds", "gpus"}
         if unknown or not {"run", "done"} <= set(entry):
-            sys.exit(f"{path}: job {name!r} has run and done, and may have after and seconds; found {sorted(entry)}.")
+            sys.exit(
+                f"{path}: job {name!r} has run and done, and may have after, seconds and gpus; found {sorted(entry)}."
+            )
         lines = [entry["run"]] if isinstance(entry["run"], str) else entry["run"]
         try:
             lines, done = (
@@ -72,7 +78,8 @@ def read_jobs(path: Path, values: dict[str, str]) -> list[Job]:
         missing = set(after) - {job.name for job in jobs}
         if missing:
             sys.exit(f"{path}: job {name!r} comes after {sorted(missing)}, which do not stand before it.")
-        jobs.append(Job(name=name, run=lines, done=Path(done), after=after, seconds=float(entry.get("seconds", 0))))
+        seconds, gpus = float(entry.get("seconds", 0)), int(entry.get("gpus", 0))
+        jobs.append(Job(name=name, run=lines, done=Path(done), after=after, seconds=seconds, gpus=gpus))
     return jobs
 
 
@@ -83,41 +90,60 @@ def _command(lines: list[str]) -> list[str]:
     return ["bash", "-c", " && ".join(shlex.join([*own.get(line[0], line[:1]), *line[1:]]) for line in words)]
 
 
+def _free(load: list[int], slots: int, whole: int) -> list[int]:
+    # Whole GPUs that are idle, or the one with the most room; empty: none.
+    if whole:
+        idle = [gpu for gpu, taken in enumerate(load) if not taken]
+        return idle[:whole] if len(idle) >= whole else []
+    least = min(range(len(load)), key=load.__getitem__)
+    return [least] if load[least] < slots else []
+
+
 def run(jobs: list[Job], *, gpus: int, slots: int, seconds: float, console: Console) -> None:
     """Run until nothing is left that may start."""
     begin = time.monotonic()
-    running: dict[int, tuple[Job, Any, Any, float]] = {}
+    running: dict[str, tuple[Job, Any, Any, float]] = {}
+    load = [0] * gpus  # slots taken on each GPU
+    places: dict[str, list[int]] = {}
     by_name = {job.name: job for job in jobs}
     LOGS.mkdir(parents=True, exist_ok=True)
     for job in jobs:
         if job.finished:
             job.state = "done before"
     while True:
-        for place, (job, process, log, started) in list(running.items()):
+        for name, (job, process, log, started) in list(running.items()):
             if process.poll() is None:
                 continue
             log.close()
-            del running[place]
+            del running[name]
+            for gpu in places.pop(name):
+                load[gpu] -= slots if job.gpus else 1
             job.took = time.monotonic() - started
             job.state = "done" if process.returncode == 0 and job.finished else f"failed ({process.returncode})"
-            console.print(f"{time.monotonic() - begin:6.0f} s  {job.state}: {job.name} ({job.took:.0f} s)")
+            console.print(f"{time.monotonic() - begin:6.0f} s  {job.state}: {name} ({job.took:.0f} s)")
         for job in jobs:
-            if job.state != "waiting" or len(running) == gpus * slots:
+            if job.state != "waiting":
                 continue
             needed = [by_name[name] for name in job.after]
             if any(other.state.startswith(("failed", "not started")) for other in needed):
                 job.state = "not started: what it needs failed"
+            elif job.gpus > gpus:
+                job.state = f"not started: needs {job.gpus} GPUs"
             elif all(other.finished and other.state.startswith("done") for other in needed):
                 if time.monotonic() - begin + job.seconds > seconds:
                     job.state = "not started: too little time"
                     continue
-                free = [place for place in range(gpus * slots) if place not in running]
-                # The GPU with the fewest jobs; place p is on GPU p modulo their number.
-                place = min(free, key=lambda one: sum(other % gpus == one % gpus for other in running))
+                chosen = _free(load, slots, job.gpus)
+                if not chosen:
+                    continue
+                for gpu in chosen:
+                    load[gpu] += slots if job.gpus else 1
                 log = (LOGS / f"{job.name}.log").open("w", encoding="utf-8")
-                environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(place % gpus), "PYTHONUNBUFFERED": "1"}
+                visible = ",".join(map(str, chosen))
+                environment = {**os.environ, "CUDA_VISIBLE_DEVICES": visible, "PYTHONUNBUFFERED": "1"}
                 process = subprocess.Popen(_command(job.run), stdout=log, stderr=subprocess.STDOUT, env=environment)
-                running[place], job.state = (job, process, log, time.monotonic()), "running"
+                running[job.name], places[job.name] = (job, process, log, time.monotonic()), chosen
+                job.state = "running"
         if not running:
             break
         time.sleep(0.5)
