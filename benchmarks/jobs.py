@@ -4,7 +4,8 @@
         [--only NAME ...] [--set KEY=VALUE ...]
 
 A file is a mapping of job names, each with `run` (a command line, or a list of them), `done` (a file that exists when
-the job is finished) and, if it needs others, `after` (their names). Jobs start in the order of the file, one per GPU
+the job is finished) and, if it needs others, `after` (their names in that file) or `needs` (files, which a job of
+another file may make). Jobs start in the order of the file, one per GPU
 (--slots: so many, for small models leave a GPU idle half the time), as soon as what they need is there; `seconds`
 (expected) keeps a job from starting when less time is left. A job with `gpus` has so many GPUs to itself, as timings
 need; it waits until that many are idle, so put it first. `{name}` and whatever `--set` gives are put into the commands.
@@ -41,6 +42,7 @@ class Job:
     run: list[str]
     done: Path
     after: tuple[str, ...] = ()
+    needs: tuple[Path, ...] = ()
     seconds: float = 0.0
     gpus: int = 0
     """Whole GPUs; 0: a slot of one."""
@@ -61,10 +63,10 @@ def read_jobs(path: Path, values: dict[str, str]) -> list[Job]:
     """
     jobs: list[Job] = []
     for name, entry in yaml.safe_load(path.read_text(encoding="utf-8")).items():
-        unknown = set(entry) - {"run", "done", "after", "seconds", "gpus"}
+        unknown = set(entry) - {"run", "done", "after", "needs", "seconds", "gpus"}
         if unknown or not {"run", "done"} <= set(entry):
             sys.exit(
-                f"{path}: job {name!r} has run and done, and may have after, seconds and gpus; found {sorted(entry)}."
+                f"{path}: job {name!r} has run and done, and may have after, needs, seconds and gpus; found {sorted(entry)}."
             )
         lines = [entry["run"]] if isinstance(entry["run"], str) else entry["run"]
         try:
@@ -79,7 +81,8 @@ def read_jobs(path: Path, values: dict[str, str]) -> list[Job]:
         if missing:
             sys.exit(f"{path}: job {name!r} comes after {sorted(missing)}, which do not stand before it.")
         seconds, gpus = float(entry.get("seconds", 0)), int(entry.get("gpus", 0))
-        jobs.append(Job(name=name, run=lines, done=Path(done), after=after, seconds=seconds, gpus=gpus))
+        needs = tuple(map(Path, entry.get("needs", ())))
+        jobs.append(Job(name, run=lines, done=Path(done), after=after, needs=needs, seconds=seconds, gpus=gpus))
     return jobs
 
 
@@ -125,7 +128,12 @@ def run(jobs: list[Job], *, gpus: int, slots: int, seconds: float, console: Cons
             if job.state != "waiting":
                 continue
             needed = [by_name[name] for name in job.after]
-            if any(other.state.startswith(("failed", "not started")) for other in needed):
+            needed += [other for other in jobs if other.done in job.needs]
+            made = {other.done for other in needed}
+            missing = [str(path) for path in job.needs if path not in made and not path.exists()]
+            if missing:
+                job.state = f"not started: no {', '.join(missing)}"
+            elif any(other.state.startswith(("failed", "not started")) for other in needed):
                 job.state = "not started: what it needs failed"
             elif job.gpus > gpus:
                 job.state = f"not started: needs {job.gpus} GPUs"

@@ -72,6 +72,16 @@ def test_whole_gpus_and_slots(tmp_path: Path) -> None:
     assert {(tmp_path / f"{name}.gpus").read_text().strip() for name in "ab"} == {"0", "1"}
 
 
+def test_files_that_other_jobs_make(tmp_path: Path) -> None:
+    copy = {"run": "cp a.out c.out", "done": "c.out", "needs": ["a.out"]}
+    lost = touch("lost.out", needs=["nowhere"])
+    found = queue(tmp_path, {"c": copy, "lost": lost, "a": touch("a.out")}, "--gpus", "2")
+    assert found.returncode == 1
+    assert (tmp_path / "c.out").exists()  # waited for a, which stands after it
+    assert "no nowhere" in found.stdout
+    assert not (tmp_path / "lost.out").exists()
+
+
 def test_several_files_are_one_queue_and_names_may_be_patterns(tmp_path: Path) -> None:
     (tmp_path / "more.yaml").write_text(
         yaml.safe_dump({"x-1": touch("x1.out"), "x-2": touch("x2.out"), "y": touch("y")})
