@@ -121,10 +121,17 @@ def too_little(bench: Bench, options: Any) -> None:
         bench.row(f"with {limit / 2**30:.1f} GiB the step runs out of memory", failed)
         for fit in fits:
             free()
+            held = bench.allocated() / 2**30
             try:
                 _, peak = peak_of(bench, backbone, fit.config)
-                bench.row(f"then with {fit}", f"fits, peak {peak / 2**30:.1f} GiB", bar="fits", ok=True)
-            except torch.OutOfMemoryError:
-                bench.row(f"then with {fit}", "out of memory", bar="fits", ok=False)
+                bench.row(f"then with {fit}", f"fits, peak {peak / 2**30:.1f} GiB", bar="fits", ok=True, held_gib=held)
+            except torch.OutOfMemoryError as error:
+                bench.row(f"then with {fit}", "out of memory", bar="fits", ok=False, held_gib=held, error=str(error))
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, bench.device)
+    for fit in fits:
+        # Without the limit: what it really takes, allocated and reserved.
+        free()
+        _, peak = peak_of(bench, backbone, fit.config)
+        reserved = torch.cuda.max_memory_reserved(bench.device) / 2**30
+        bench.row(f"alone: {fit}", peak / 2**30, "GiB", reserved_gib=reserved)

@@ -4,6 +4,7 @@ The head of a 128k-token vocabulary makes (positions, V) the largest tensor of a
 Both terms are functions of the features before the head and their gradient with respect to the
 logits is known in closed form given one chunk: so value and gradient are computed together, chunk
 by chunk, in the forward pass, and only the gradient of the features (positions, d) is kept.
+(``torch.nn.functional.linear_cross_entropy`` has neither weights per position, nor a KL, nor heads that cap their logits.)
 """
 
 from __future__ import annotations
@@ -17,10 +18,13 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["Kernel", "SuffixLoss", "divergence", "suffix_loss"]
+__all__ = ["Kernel", "SuffixLoss", "divergence", "plain_rows", "suffix_loss"]
 
 Head = Callable[[Tensor], Tensor]
 Kernel = Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+_PLAIN = 1 << 23
+"""Logits of one call of the uncompiled kernel: its temporaries are half a dozen tensors of that size in fp32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +71,29 @@ def divergence(
     return cross_entropy, kl, (gradient - weight_kl[:, None] * p).to(logits.dtype)
 
 
+def plain_rows(vocab: int) -> int:
+    """Positions of one call of the uncompiled :func:`divergence`."""
+    return max(1, _PLAIN // vocab)
+
+
+def _in_rows(
+    logits: Tensor, teacher: Tensor | None, targets: Tensor, weight_ce: Tensor, weight_kl: Tensor, kernel: Kernel
+) -> tuple[Tensor, Tensor, Tensor]:
+    # A compiled kernel has no temporaries, and one shape. The plain one takes some rows at a time.
+    rows = plain_rows(logits.shape[-1])
+    if kernel is not divergence or len(logits) <= rows:
+        return kernel(logits, teacher, targets, weight_ce, weight_kl)
+    cross_entropy, kl = weight_ce.new_empty(len(logits)), weight_ce.new_empty(len(logits))
+    gradient = torch.empty_like(logits)
+    for start in range(0, len(logits), rows):
+        part = slice(start, start + rows)
+        other = None if teacher is None else teacher[part]
+        cross_entropy[part], kl[part], gradient[part] = kernel(
+            logits[part], other, targets[part], weight_ce[part], weight_kl[part]
+        )
+    return cross_entropy, kl, gradient
+
+
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -94,8 +121,8 @@ class _ChunkedLoss(torch.autograd.Function):
                 logits = head(leaf.unsqueeze(0)).squeeze(0)
             with torch.no_grad():
                 other = None if teacher is None else head(teacher[part].unsqueeze(0)).squeeze(0)
-                cross_entropy[part], kl[part], slope = kernel(
-                    logits.detach(), other, targets[part], weight_ce[part], weight_kl[part]
+                cross_entropy[part], kl[part], slope = _in_rows(
+                    logits.detach(), other, targets[part], weight_ce[part], weight_kl[part], kernel
                 )
             if gradient is not None:
                 # Through the head, whatever it is: some families cap their logits.

@@ -26,6 +26,7 @@ from dihal.masked import MaskedLM
 from dihal.methods import AnyMethod
 from dihal.nn import count_parameters
 from dihal.nn.layers import mlp_width
+from dihal.spaces.recovery import plain_rows
 
 __all__ = ["Fit", "Memory", "estimate_memory", "out_of_memory", "reads_suffix", "settings_that_fit"]
 
@@ -98,10 +99,10 @@ def _logit_bytes(config: TrainConfig, positions: int, vocab: int) -> float:
     """Logits of one chunk, their gradient, and what stands between."""
     objective = config.method.objective
     size = 2 if config.backbone.dtype == "bfloat16" else 4
-    each = 2 * size + (0 if config.trainer.compile else 21)
-    if objective.kl > 0:
-        each += size + (0 if config.trainer.compile else 16)
-    return float(min(objective.logit_chunk, positions) * vocab * each)
+    chunk = min(objective.logit_chunk, positions)
+    kl = objective.kl > 0
+    between = 0 if config.trainer.compile else min(chunk, plain_rows(vocab)) * (21 + 16 * kl)
+    return float((chunk * (2 + kl) * size + between) * vocab)
 
 
 def _masked_bytes(config: TrainConfig, backbone: Backbone, positions: int) -> float:

@@ -6,12 +6,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dihal.spaces import suffix_loss
+from dihal.spaces import recovery, suffix_loss
 
 
+@pytest.mark.parametrize("rows", [1, 3, 64])
 @pytest.mark.parametrize("chunk", [1, 5, 64])
 @pytest.mark.parametrize("use_teacher", [True, False])
-def test_value_and_gradient_equal_the_direct_computation(chunk: int, use_teacher: bool) -> None:
+def test_value_and_gradient_equal_the_direct_computation(
+    chunk: int, use_teacher: bool, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recovery, "_PLAIN", rows * 31)
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(31, 8, generator=generator, dtype=torch.float64)
 
