@@ -1,9 +1,11 @@
 """What a run survives: kills, signals, dead ranks, damaged files; and what its checkpoints cost.
 
     python benchmarks/robustness.py [--kills 200] [--steps 20] [--flips 1000] [--signals 20]
+    python benchmarks/robustness.py --device cuda --kills 0 --flips 0 --signals 0 --out results/h200/robustness.json
 
 Every run is a real one on a tiny random backbone, in processes of its own on a CPU (two of them under
-gloo where ranks are in question). Needs the repository: the tiny runs are those of its tests.
+gloo where ranks are in question), or on one GPU in deterministic mode. Needs the repository: the tiny runs are those
+of its tests.
 
 - steps: kill -9 before a random step counts; the resumed run must end with the bits of the uninterrupted one
   (weights, optimiser, average) and the same losses.
@@ -52,6 +54,7 @@ from tests import jobs  # noqa: E402
 EVERY = 5
 """Steps between checkpoints."""
 FOREVER = 1_000_000
+ON_GPU = {"backbone.device": "cuda", "trainer.accelerator": "gpu", "trainer.deterministic": True}
 console = Console(stderr=True)
 
 
@@ -59,16 +62,16 @@ def saved(config: TrainConfig) -> int:
     return load_checkpoint(config.out).state["step"] if has_checkpoint(config.out) else 0
 
 
-def whole_run(prepared: Path, name: str, steps: int) -> TrainConfig:
-    changes = {"trainer.save_every": EVERY, "method.denoiser.dropout": 0.1, "method.objective.kl": 0.5}
+def whole_run(prepared: Path, name: str, steps: int, place: dict[str, Any]) -> TrainConfig:
+    changes = {**place, "trainer.save_every": EVERY, "method.denoiser.dropout": 0.1, "method.objective.kl": 0.5}
     config = jobs.configuration(prepared, prepared / name, steps=steps, **changes)
     assert jobs.finish(jobs.start(config), 3600) == [0], name
     return config
 
 
-def killed_at_steps(prepared: Path, count: int, seed: int) -> dict[str, Any]:
+def killed_at_steps(prepared: Path, count: int, seed: int, place: dict[str, Any]) -> dict[str, Any]:
     length = EVERY + 3 * count
-    whole = whole_run(prepared, "steps", length)
+    whole = whole_run(prepared, "steps", length, place)
     identical, steps = 0, sorted(random.Random(seed).sample(range(EVERY, length), count))
     for step in track(steps, "killed at a step", console=console):
         cut = replace(whole, out=str(prepared / f"cut-{step}"))
@@ -84,9 +87,9 @@ def killed_at_steps(prepared: Path, count: int, seed: int) -> dict[str, Any]:
     return {"kills": count, "steps": steps, "bit_identical": identical}
 
 
-def killed_around_saves(prepared: Path, count: int, seed: int) -> dict[str, Any]:
+def killed_around_saves(prepared: Path, count: int, seed: int, place: dict[str, Any]) -> dict[str, Any]:
     generator = random.Random(seed)
-    whole = whole_run(prepared, "whole", 20 * count)
+    whole = whole_run(prepared, "whole", 20 * count, place)
     cut = replace(whole, out=str(prepared / "killed"))
     lost, resumed, while_writing = [], 0, 0
     for _ in track(range(count), "killed around a save", console=console):
@@ -170,9 +173,10 @@ def dead_ranks(prepared: Path) -> dict[str, Any]:
     return {"killed_rank": [0, 1] * 3, "seconds_until_the_other_ended": seconds}
 
 
-def saving(prepared: Path) -> dict[str, Any]:
+def saving(prepared: Path, place: dict[str, Any]) -> dict[str, Any]:
     """A denoiser of several million weights, so that a checkpoint has some weight, too."""
     changes = {
+        **place,
         "method.denoiser.width": 384,
         "method.denoiser.depth": 6,
         "method.denoiser.heads": 6,
@@ -247,22 +251,24 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=200, help="kills around saves; 0: none")
     parser.add_argument("--flips", type=int, default=1000, help="bits flipped (needs --steps); 0: none")
     parser.add_argument("--signals", type=int, default=20, help="runs signalled, each kind; 0: none, and no dead ranks")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of all but the runs of two ranks")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default=str(ROOT / "results" / "benchmark_robustness.json"))
     arguments = parser.parse_args()
-    result: dict[str, Any] = {}
+    result: dict[str, Any] = {"device": arguments.device}
+    place = ON_GPU if arguments.device == "cuda" else {}
     with tempfile.TemporaryDirectory() as folder:
         prepared = jobs.prepare(Path(folder))
         if arguments.steps:
-            result["steps"] = killed_at_steps(prepared, arguments.steps, arguments.seed)
+            result["steps"] = killed_at_steps(prepared, arguments.steps, arguments.seed, place)
         if arguments.kills:
-            result["kills"] = killed_around_saves(prepared, arguments.kills, arguments.seed)
+            result["kills"] = killed_around_saves(prepared, arguments.kills, arguments.seed, place)
         if arguments.flips and arguments.steps:
             result["flips"] = flipped_bits(prepared, arguments.flips, arguments.seed)
         if arguments.signals:
             result["signals"] = signalled(prepared, arguments.signals, arguments.seed)
             result["dead_ranks"] = dead_ranks(prepared)
-        result["saving"] = saving(prepared)
+        result["saving"] = saving(prepared, place)
     result["provenance"] = provenance()
     write_json(arguments.out, result)
     show(result)
