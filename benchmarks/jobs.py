@@ -63,6 +63,8 @@ def read_jobs(path: Path, values: dict[str, str]) -> list[Job]:
     """
     jobs: list[Job] = []
     for name, entry in yaml.safe_load(path.read_text(encoding="utf-8")).items():
+        if not isinstance(name, str):
+            sys.exit(f"{path}: {name!r} is no name for a job; YAML reads null, yes, 1 and the like as values.")
         unknown = set(entry) - {"run", "done", "after", "needs", "seconds", "gpus"}
         if unknown or not {"run", "done"} <= set(entry):
             sys.exit(

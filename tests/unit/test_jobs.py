@@ -55,6 +55,7 @@ def test_time_values_and_selection(tmp_path: Path) -> None:
     assert not (tmp_path / "z.out").exists()
     assert "too little time" in found.stdout
     assert "--set where=" in queue(tmp_path, jobs).stderr
+    assert "None is no name" in queue(tmp_path, {None: touch("a.out")}).stderr
 
 
 def test_whole_gpus_and_slots(tmp_path: Path) -> None:
