@@ -14,6 +14,7 @@ from dihal.config import MethodConfig, ObjectiveConfig, TimeConfig
 from dihal.config.spaces import WritingConfig
 from dihal.decoding import StaticDecoder
 from dihal.methods import build_method
+from dihal.writing.static import room_of
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,8 @@ def run(bench: Bench, options: Any) -> None:
                     predicted=1e3 * predicted,
                 )  # fmt: skip
                 del decoder
+        if batch > min(size.batches):
+            continue
         with bench.part(f"backbone by generate(), batch {batch}"):
             few = min(16, size.new_tokens)
             arguments = {"max_new_tokens": few, "min_new_tokens": few, "do_sample": False, "pad_token_id": 0}
@@ -146,12 +149,100 @@ def hybrid_row(
     )  # fmt: skip
 
 
+def _ways(size: Any, split: int, cuda: bool, steps: int) -> list[tuple[str, WritingConfig, int, int]]:
+    """(name, how, batch, block). Pass by pass only beside the first of the graphs; of the second split only two corners."""
+    own = WritingConfig(steps=steps, readout="own", precision="bfloat16" if cuda else "float32")
+    both = {"own readout": own, "projected": replace(own, readout="fused", project=0.5)}
+    first = split == size.splits[0]
+    corners = {(min(size.batches), min(size.blocks)), (max(size.batches), max(size.blocks))}
+    found = []
+    for batch in size.batches:
+        for block in size.blocks:
+            for name, way in both.items():
+                if first and (batch, block) == (min(size.batches), min(size.blocks)):
+                    found.append((name, way, batch, block))
+                if first or (batch, block) in corners:
+                    found.append((f"{name}, static", replace(way, static=True), batch, block))
+    return found
+
+
+def writing_parts(
+    bench: Bench, backbone: Backbone, writer: Any, made: Any, batch: int, block: int, new: int, reads_suffix: bool,
+    rates: tuple[float, float, float],
+) -> list[tuple[Cost, float]]:  # fmt: skip
+    """What a text must cost, and at which rate: the passes that were made, as the writer counts them, and what takes text in."""
+    rate, slow, _ = rates
+    cuda = bench.device.type == "cuda"
+    split, whole, prompt = writer.split, backbone.num_blocks, bench.sizes.prompt
+    keys, fast = prompt + new // 2, rate if cuda else slow
+    size = 2 if cuda else 4  # the denoiser's weights are cast once per text
+
+    def taken_in(positions: int, keys: int) -> list[tuple[Cost, float]]:
+        """Known text: keys and values of blocks below the split, of the denoiser and, where it is read, of the suffix."""
+        upto = whole if reads_suffix else split
+        return [
+            (blocks_cost(backbone, 0, upto, batch, positions, keys), rate),
+            (bridge_cost(writer, batch, positions, keys, size), fast),
+        ]
+
+    readings = made.reads if reads_suffix else made.blocks
+    head = head_cost(backbone, batch * block)
+    # The own head: a map in fp32, then the backbone's table, which the suffix's reading needs once more.
+    table = backbone.hidden_size**2
+    own_map = Cost(4.0 * table, 2.0 * table * batch * block)
+    return [
+        *taken_in(prompt, prompt),
+        *(made.blocks - 1) * taken_in(block, keys),
+        *made.nfe * [(bridge_cost(writer, batch, block, keys, size), fast)],
+        *made.encodes * [(blocks_cost(backbone, 0, split, batch, block, keys), rate)],
+        *made.reads * [(blocks_cost(backbone, split, whole, batch, block, keys), rate)],
+        *readings * (1 + reads_suffix) * [(head, rate)],
+        *readings * [(own_map, slow)],
+    ]
+
+
+def graph_rows(bench: Bench, writer: Any, label: str, blocks: int, took: float, profiled: bool) -> None:
+    """Where the time of a text goes: in graphs, and outside of them."""
+    room = room_of(writer)
+    if room is None or room.graphs is None:
+        return
+    if room.graphs.failed:
+        bench.row(f"{label}: graphs", "a capture failed", bar="captured", ok=False)
+        return
+    inside, counted = 0.0, {"block": blocks, "extend": blocks - 1}
+    for key, replay in list(room.graphs.captured.items()):
+        kind, shapes = key[0], key[-4]
+        given = [torch.zeros(shape, dtype=dtype, device=bench.device) for shape, dtype in shapes]
+        seconds = bench.seconds(lambda: replay(*given), repeats=3)  # noqa: B023
+        # The prompt is taken in once, and has another number of columns than a block.
+        columns = shapes[0][0][1]
+        times = 1 if kind == "extend" and columns == bench.sizes.prompt else counted.get(kind, 0)
+        inside += times * seconds
+        bench.row(f"{label}: graph of {kind}, {columns} columns", 1e3 * seconds, "ms", replays=times)
+        if profiled and kind == "block":
+            kernel_rows(bench, f"{label}: graph of {kind}", lambda: replay(*given))  # noqa: B023
+    bench.row(f"{label}: outside of graphs", 1e3 * (took - inside), "ms", share=(took - inside) / took)
+
+
+def kernel_rows(bench: Bench, label: str, work: Any) -> None:
+    """Kernels of one replay: how many, and which take longest."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        work()
+        bench.sync()
+    events = sorted(found.key_averages(), key=lambda event: -event.device_time_total)
+    longest = [f"{event.device_time_total / 1e3:.3f} ms, {event.count} x {event.key[:70]}" for event in events[:12]]
+    bench.row(f"{label}: kernels", sum(event.count for event in events), longest=longest)
+    for line in longest:
+        print(f"    {line}", flush=True)
+
+
 def blocks(
     bench: Bench, backbone: Backbone, split: int, own: dict[tuple[int, bool], float], rates: tuple[float, float, float]
 ) -> None:
-    """Regime `generate`: positions of a block denoised together; the passes that were made, as the writer counts them."""
-    rate, slow, memory = rates
-    size, whole, cuda = bench.sizes, backbone.num_blocks, bench.device.type == "cuda"
+    """Regime `generate`: positions of a block denoised together."""
+    size, cuda = bench.sizes, bench.device.type == "cuda"
     net = replace(size.small, mask="mixed", norm="rms")
     config = MethodConfig(
         regime="generate", split=split, denoiser=net, time=TimeConfig(terminal_fraction=0.0),
@@ -160,45 +251,49 @@ def blocks(
     writer = build_method(config, backbone).to(bench.device).eval()
     writer.fit_normalisation(backbone, [make_batch(backbone.vocab_size, 2, size.length, bench.device)])
     steps = 16 if not bench.tiny else 2
-    ways: dict[str, WritingConfig] = {
-        "own readout": WritingConfig(steps=steps, readout="own", precision="bfloat16" if cuda else "float32"),
-        "projected": WritingConfig(
-            steps=steps, readout="fused", project=0.5, precision="bfloat16" if cuda else "float32"
-        ),
-    }
-    # Room of fixed size: on a GPU every pass is a CUDA graph.
-    ways |= {f"{name}, static": replace(way, static=True) for name, way in ways.items()}
-    for batch in size.batches:
-        for block in size.blocks:
-            for name, writing in ways.items():
-                with bench.part(f"generate, split {split}, batch {batch}, block {block}, {name}"):
-                    new = max(block, 16 if bench.tiny else 64)
-                    ids = make_batch(backbone.vocab_size, batch, size.prompt + new, bench.device).input_ids
-                    known = (torch.arange(ids.shape[1], device=bench.device) < size.prompt).expand(ids.shape)
-                    options = replace(writing, block=block)
+    for name, writing, batch, block in _ways(size, split, cuda, steps):
+        label = f"generate, split {split}, batch {batch}, block {block}, {steps} steps, {name}"
+        with bench.part(label):
+            written(bench, backbone, writer, writing, batch, block, label, own, rates)
+    if bench.compile and cuda and split == size.splits[0]:
+        # At batch 1 the denoiser is bound by its number of kernels: compiled blocks have a third as many.
+        writer.denoiser.compile_blocks()
+        name, writing, batch, block = next(way for way in _ways(size, split, cuda, steps) if way[1].static)
+        label = f"generate, split {split}, batch {batch}, block {block}, {steps} steps, {name}, compiled"
+        with bench.part(label):
+            written(bench, backbone, writer, writing, batch, block, label, own, rates)
 
-                    def work(keep: list[Any] | None = None) -> None:
-                        made = writer.write(backbone, ids, known, writing=options, end=False, compare=False)  # noqa: B023
-                        if keep is not None:
-                            keep.append(made)
 
-                    kept: list[Any] = []
-                    work(kept)
-                    took = bench.seconds(work, repeats=2, warmup=0)
-                    made, keys = kept[0], size.prompt + new // 2
-                    prompt = blocks_cost(backbone, 0, split, batch, size.prompt, size.prompt)
-                    bridge = made.nfe * bridge_cost(writer, batch, block, keys, 2 if cuda else 4)
-                    lower = made.encodes * blocks_cost(backbone, 0, split, batch, block, keys)
-                    upper = made.reads * blocks_cost(backbone, split, whole, batch, block, keys)
-                    reads = max(made.blocks, made.encodes) * head_cost(backbone, batch * block)
-                    frozen = prompt + lower + upper + reads
-                    expected = seconds_of([(frozen, rate), (bridge, rate if cuda else slow)], memory)
-                    base = own.get((batch, cuda))
-                    label = f"generate, split {split}, batch {batch}, block {block}, {steps} steps, {name}"
-                    bench.row(f"{label}: token", 1e3 * took / new, "ms", predicted=1e3 * expected / new, nfe=made.nfe)
-                    if base:
-                        bench.row(
-                            f"{label}: x the backbone's speed", base * new / took, predicted=base * new / expected
-                        )
-                    share = expected / took
-                    bench.row(f"{label}: share of predicted speed", share, bar=">= 0.6", ok=share >= 0.6)
+def written(
+    bench: Bench, backbone: Backbone, writer: Any, writing: WritingConfig, batch: int, block: int, label: str,
+    own: dict[tuple[int, bool], float], rates: tuple[float, float, float],
+) -> None:  # fmt: skip
+    size, cuda = bench.sizes, bench.device.type == "cuda"
+    new = max(block, 16 if bench.tiny else 64)
+    ids = make_batch(backbone.vocab_size, batch, size.prompt + new, bench.device).input_ids
+    known = (torch.arange(ids.shape[1], device=bench.device) < size.prompt).expand(ids.shape)
+    options = replace(writing, block=block)
+
+    def work() -> Any:
+        return writer.write(backbone, ids, known, writing=options, end=False, compare=False)
+
+    # The first text runs as it is, the second captures what came once in the first.
+    first = bench.seconds(work, repeats=1, warmup=0)
+    second = bench.seconds(work, repeats=1, warmup=0)
+    made = work()
+    took = bench.seconds(work, repeats=2, warmup=0)
+    reads_suffix = writing.readout != "own"
+    parts = writing_parts(bench, backbone, writer, made, batch, block, new, reads_suffix, rates)
+    expected = seconds_of(parts, rates[2])
+    base = own.get((batch, cuda))
+    counted, predicted = sum(made.flops.values()), sum(cost.flops for cost, _ in parts)
+    bench.row(
+        f"{label}: token", 1e3 * took / new, "ms", predicted=1e3 * expected / new, nfe=made.nfe,
+        first_texts=[first, second], step_predicted=1e3 * expected / made.nfe, flops_over_counted=predicted / counted,
+    )  # fmt: skip
+    if base:
+        bench.row(f"{label}: x the backbone's speed", base * new / took, predicted=base * new / expected)
+    share = expected / took
+    bench.row(f"{label}: share of predicted speed", share, bar=">= 0.6", ok=share >= 0.6)
+    if writing.static:
+        graph_rows(bench, writer, label, made.blocks, took, profiled=block == min(size.blocks))

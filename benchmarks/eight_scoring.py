@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -14,11 +13,14 @@ from eight_kit import Bench
 from dihal.backbone import Backbone
 from dihal.config import ScoreConfig
 from dihal.geometry import parallel
+from dihal.geometry.functionals import entropy
 from dihal.geometry.layer import Sampling, assess_layer
-from dihal.geometry.moments import Moments, cusolver
-from dihal.geometry.neighbours import local_spread
+from dihal.geometry.moments import Moments, add_upper_gram, cusolver, spectrum
+from dihal.geometry.neighbours import candidates, local_spread
+from dihal.geometry.proxies import effective_rank
 from dihal.geometry.score import score_layers
-from dihal.geometry.streaming import stream_statistics
+from dihal.geometry.streaming import LayerStatistics, stream_statistics
+from dihal.geometry.wide import extremes
 from dihal.geometry.windows import draw_documents, plan_chunks, sample_pool
 
 
@@ -104,6 +106,7 @@ def breakdown(
     """Where the time goes: the pass with its moments, then the layers' assessment."""
     started = time.perf_counter()
     draw = draw_documents(backbone, texts, config)
+    bench.row("part: draw", time.perf_counter() - started, "s")
     pool, preference = sample_pool(draw, config)
     bench.row("part: draw and pool", time.perf_counter() - started, "s")
     bench.sync()
@@ -114,55 +117,118 @@ def breakdown(
     sampling = Sampling(
         pool_document=torch.zeros(len(pool), dtype=torch.int64), anchor_preference=preference, counts=None
     )
-    few = layers[: min(8, len(layers))]
+    few = layers[-min(8, len(layers)) :]
 
     def assess(chosen: ScoreConfig) -> None:
         with parallel.layer_workers(bench.device) as over:
             list(over(lambda layer: assess_layer(layer, sampling, chosen), few))
 
     for name, chosen in (("no spectra", config), ("exact spectra", exact)):
-        for streams in (1, 2, 3, 4, 6) if bench.device.type == "cuda" else (1,):
+        for streams in (1, 2, 3) if bench.device.type == "cuda" else (1,):
             parallel.STREAMS, before = streams, parallel.STREAMS
             try:
                 took = bench.seconds(lambda: assess(chosen), repeats=1)  # noqa: B023
             finally:
                 parallel.STREAMS = before
             bench.row(f"part: assessment, {name}, {streams} streams, per layer", 1e3 * took / len(few), "ms")
+    with torch.no_grad():
+        pieces(bench, layers, config)
+        for name, chosen in (("no spectra", config), ("exact spectra", exact)):
+            with bench.part(f"kernels, {name}"):
+                kernels(bench, name, lambda: assess_layer(few[-1], sampling, chosen))  # noqa: B023
+        counted = torch.zeros(config.batch_tokens, dtype=torch.bool)
+        counted[:: config.sequence_length] = True
+        x = torch.randn(len(counted), backbone.hidden_size, device=bench.device).to(backbone.dtype)
+        slots = torch.arange(8, device=bench.device)
+        with bench.part("kernels, statistics"):
+            kernels(bench, "statistics of a chunk", lambda: few[-1].add(x, counted, slots, slots))
+
+
+def pieces(bench: Bench, layers: list[LayerStatistics], config: ScoreConfig) -> None:
+    """What each step of a layer takes by itself, the device idle before and after."""
     layer = layers[1]
-    x = torch.randn(bench.sizes.score_batch, backbone.hidden_size, device=bench.device).to(backbone.dtype)
+    dim = layer.pool.shape[1]
+    x = torch.randn(bench.sizes.score_batch, dim, device=bench.device).to(layer.pool.dtype)
     moments = Moments(layer.kept["raw"].shift.float(), layer.kept["raw"]._dtype)
     where = torch.tensor([0], device=bench.device)
     scale = torch.ones(len(x), device=bench.device)
+    first = torch.zeros(len(x), dtype=torch.bool)
     points = layer.pool.float()
     anchors = torch.arange(min(config.anchors, len(points) // 2), device=bench.device)
-    pieces: list[tuple[str, Callable[[], Any]]] = [
+    found = candidates(points, anchors, min(config.neighbours + 4, len(points) - 1))
+    assert len(found) == len(anchors)
+    # The first and the last layer: embeddings are even, deep states are not.
+    wide = [
+        torch.stack([item.kept[name].covariance.float() for name in ("raw", "rms", "raw")])
+        for item in layers[:: len(layers) - 1]
+    ]
+    known = [extremes(list(three)) for three in wide]
+    for name, three, item in zip(("first", "last"), wide, known):
+        reach = item.largest[0] * dim / item.traces[0]
+        residuals = item.found.residuals[:, 0] / item.found.values[:, 0]
+        bench.row(f"e_1 / mean eigenvalue, {name} layer", reach, residual=float(residuals.max()))
+        exact = float(effective_rank(spectrum(three[0].double())))
+        determinants = entropy(three[0], reach)
+        error = float("nan") if determinants is None else float(determinants) - exact
+        bench.row(
+            f"log effective rank by determinants, error, {name} layer",
+            error,
+            "nats",
+            bar="<= 1e-3",
+            ok=abs(error) <= 1e-3,
+        )
+    matrix = wide[-1][0] / wide[-1][0].diagonal().mean()
+    matrix.diagonal().add_(0.01)
+    works: list[tuple[str, Callable[[], Any]]] = [
         ("moments of a chunk, raw", lambda: moments.add_chosen(x, where)),
         ("moments of a chunk, rms", lambda: moments.add_chosen(x, where, scale)),
-        ("statistics of a chunk, whole", lambda: layer.add(x, torch.zeros(len(x), dtype=torch.bool), where, where)),
+        ("sum of a chunk", lambda: x.sum(0, dtype=torch.float64)),
+        ("products of a chunk", lambda: add_upper_gram(x, moments._recent if moments._recent is not None else moments._second)),
+        ("statistics of a chunk, whole", lambda: layer.add(x, first, where, where)),
         ("covariance", lambda: layer.kept["raw"].covariance),
+        ("candidates of one kind", lambda: candidates(points, anchors, config.neighbours + 4)),
         ("neighbours of one kind", lambda: local_spread(points, anchors, config.neighbours)),
-    ]
-    for name, work in pieces:
-        bench.row(f"part: {name}", 1e3 * bench.seconds(work, repeats=5), "ms")
+        ("largest of three, first layer", lambda: extremes(list(wide[0]))),
+        ("largest of three, last layer", lambda: extremes(list(wide[-1]))),
+        ("largest of three, again from what was found", lambda: extremes(list(wide[-1]), known[-1].found)),
+        ("one product with a block", lambda: torch.bmm(wide[-1], known[-1].found.block)),
+        ("entropy by determinants", lambda: entropy(wide[-1][0], known[-1].largest[0] * dim / known[-1].traces[0])),
+        ("one Cholesky factorisation, float32", lambda: torch.linalg.cholesky_ex(matrix)),
+        ("one Cholesky factorisation, float64", lambda: torch.linalg.cholesky_ex(matrix.double())),
+    ]  # fmt: skip
+    for name, work in works:
+        with bench.part(name):
+            bench.row(f"part: {name}", 1e3 * bench.seconds(work, repeats=5), "ms")
+
+
+def kernels(bench: Bench, name: str, work: Callable[[], Any]) -> None:
+    """Launches, waits of the host, and the kernels that take longest."""
+    from torch.profiler import ProfilerActivity, profile
+
+    cuda = bench.device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as trace:
+        work()
+        bench.sync()
+    events = trace.key_averages()
+    names = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx")
+    waits = ("cudaStreamSynchronize", "cudaEventSynchronize", "aten::_local_scalar_dense", "aten::nonzero")
+    bench.row(
+        f"{name}: launches", sum(event.count for event in events if event.key in names),
+        operations=sum(event.count for event in events if event.key.startswith("aten::")),
+        waits={event.key: event.count for event in events if event.key in waits},
+    )  # fmt: skip
+    key = "self_device_time_total" if cuda else "self_cpu_time_total"
+    for event in sorted(events, key=lambda event: -getattr(event, key))[:12]:
+        if getattr(event, key) > 0:
+            bench.row(f"{name}: {event.key[:70]}", getattr(event, key) / 1e3, "ms", calls=event.count)
 
 
 def eigenvalues(bench: Bench, dim: int) -> None:
-    """Eigenvalue problems on one GPU: how many at a time are worth it."""
+    """What an eigenvalue problem would cost on one GPU."""
     x = torch.randn(2 * dim, dim, device=bench.device, dtype=torch.float64)
     cov = x.mT @ x / len(x)
     for dtype in (torch.float64, torch.float32):
         matrix = cov.to(dtype)
-        for workers in (1, 2, 4, 8) if bench.device.type == "cuda" else (1,):
-
-            def solve(_: int) -> None:
-                if bench.device.type != "cuda":
-                    torch.linalg.eigvalsh(matrix)  # noqa: B023
-                    return
-                stream = torch.cuda.Stream(bench.device)
-                with torch.cuda.stream(stream):
-                    torch.linalg.eigvalsh(matrix)  # noqa: B023
-                stream.synchronize()
-
-            with cusolver(bench.device), ThreadPoolExecutor(workers) as pool:
-                took = bench.seconds(lambda: list(pool.map(solve, range(8))), repeats=1)
-            bench.row(f"part: eigvalsh {dim}, {str(dtype)[6:]}, {workers} at a time, each", 1e3 * took / 8, "ms")
+        with cusolver(bench.device):
+            took = bench.seconds(lambda: torch.linalg.eigvalsh(matrix), repeats=3)  # noqa: B023
+        bench.row(f"part: eigvalsh {dim}, {str(dtype)[6:]}", 1e3 * took, "ms")

@@ -141,7 +141,7 @@ def uniform(
     )
 
 
-@functools.lru_cache(maxsize=256)
+@functools.cache  # never dropped: a captured CUDA graph goes on reading them
 def _round_keys(seed: int, purpose: str, device: torch.device) -> Tensor:
     k0, k1 = _key(seed, purpose)
     keys = [((k0 + i * _WEYL_0) & _MASK, (k1 + i * _WEYL_1) & _MASK) for i in range(_ROUNDS)]

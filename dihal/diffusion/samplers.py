@@ -32,6 +32,7 @@ __all__ = [
     "ddim",
     "dpmpp_2m",
     "euler",
+    "evaluation_times",
     "heun",
     "nfe",
     "sample",
@@ -183,6 +184,18 @@ def nfe(name: str, steps: int) -> int:
     _sampler(name)
     time_grid(steps)
     return 2 * steps - 1 if name == "heun" else steps
+
+
+def evaluation_times(name: str, times: Sequence[float]) -> list[float]:
+    """Return the times at which a sampler evaluates the denoiser along a grid that ends at 0, in that order.
+
+    On the host: to read them off the tensors that the denoiser is given would wait for the device at every step.
+
+    Raises:
+        UsageError: unknown sampler.
+    """
+    _sampler(name)
+    return [time for pair in pairwise(times) for time in pair][:-1] if name == "heun" else list(times[:-1])
 
 
 def sample(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
+import math
 from dataclasses import dataclass
 
 import torch
@@ -14,20 +13,18 @@ from dihal.config import ScoreConfig
 from dihal.errors import UsageError
 from dihal.geometry.intervals import resampled_curvature, resampled_spectrum
 from dihal.geometry.krylov import largest_eigenvalues, spectra_with_sinks
-from dihal.geometry.moments import correlation, spectrum, spectrum_and_basis
+from dihal.geometry.moments import spectrum, spectrum_and_basis
 from dihal.geometry.neighbours import FLOOR, curvature, local_spread
 from dihal.geometry.proxies import (
     effective_rank,
     global_stiffness,
     mean_pairwise_cosine,
-    weighted_median,
 )
-from dihal.geometry.streaming import LayerStatistics, rms_scale
+from dihal.geometry.streaming import LayerStatistics
+from dihal.geometry.views import COORDINATES, WIDE, Frame, View
+from dihal.geometry.wide import extremes, log_rank, rank_with_sinks
 
-_WIDE = 2_048
-"""Channels from which the comparison with sinks is approximate: each exact spectrum takes 0.1 s there on a GPU."""
-
-__all__ = ["COORDINATES", "LayerNumbers", "Proxies", "Sampling", "assess_layer", "needs_spectrum"]
+__all__ = ["LayerNumbers", "Proxies", "Sampling", "assess_layer", "needs_spectrum"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,80 +81,6 @@ class LayerNumbers:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _View:
-    """A layer in one kind of coordinates."""
-
-    covariance: Tensor
-    with_sinks: Tensor | None
-    """Covariance of kept and dropped tokens together; None: nothing was dropped."""
-    make_points: Callable[[], Tensor]
-
-    @property
-    def points(self) -> Tensor:
-        """Centred kept pool tokens, made when asked for: three kinds of coordinates would hold them three times."""
-        return self.make_points()
-
-
-class _Frame:
-    """What the coordinates of one layer have in common, made once."""
-
-    def __init__(self, layer: LayerStatistics) -> None:
-        self.layer = layer
-        self.kept = layer.pool_kept
-        whole = bool(self.kept.all())
-        self.norms = layer.pool_norms if whole else layer.pool_norms[self.kept]
-        self.states = (layer.pool if whole else layer.pool[self.kept]).to(self.norms.dtype)
-        self.covariance = layer.kept["raw"].covariance
-
-    @functools.cached_property
-    def centred(self) -> Tensor:
-        return self.states - self.layer.kept["raw"].mean.to(self.states.dtype)
-
-    @functools.cached_property
-    def raw_with_sinks(self) -> Tensor | None:
-        return self.with_sinks("raw")
-
-    def with_sinks(self, coordinates: str) -> Tensor | None:
-        kept, dropped = self.layer.kept[coordinates], self.layer.dropped[coordinates]
-        if not dropped.count:
-            return None
-        both = kept.merged(dropped).covariance
-        return both.float() if both.shape[0] >= _WIDE else both
-
-
-def _raw(frame: _Frame) -> _View:
-    return _View(covariance=frame.covariance, with_sinks=frame.raw_with_sinks, make_points=lambda: frame.centred)
-
-
-def _rms(frame: _Frame) -> _View:
-    moments = frame.layer.kept["rms"]
-    scale = rms_scale(frame.norms, frame.states.shape[1])
-    return _View(
-        covariance=moments.covariance,
-        with_sinks=frame.with_sinks("rms"),
-        make_points=lambda: torch.addcmul(-moments.mean.to(scale.dtype), frame.states, scale[:, None]),
-    )
-
-
-def _standardized(frame: _Frame) -> _View:
-    corr, std = correlation(frame.covariance)
-    both = frame.raw_with_sinks
-    return _View(
-        covariance=corr,
-        with_sinks=None if both is None else correlation(both)[0],
-        make_points=lambda: frame.centred / std.to(frame.centred.dtype),
-    )
-
-
-COORDINATES = {
-    "raw": (_raw, "h as it is"),
-    "rms": (_rms, "each token divided by its root mean square: h sqrt(d) / |h|, what the next block sees up to gains"),
-    "standardized": (_standardized, "each channel centred and divided by its standard deviation over kept tokens"),
-}
-"""Name -> (view of a layer, definition)."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class _Spectral:
     """What a covariance's eigenvalues say. ``values`` and ``basis`` where they were solved for."""
 
@@ -191,6 +114,11 @@ def needs_spectrum(config: ScoreConfig, counts: Tensor | None) -> bool:
     return counts is not None or config.stiffness != "smallest_precision" or config.rank != "participation"
 
 
+def is_lean(dim: int, counts: Tensor | None, config: ScoreConfig) -> bool:
+    """Whether spectra are too wide to be solved for, and the definitions chosen are had without."""
+    return dim >= WIDE and counts is None and config.stiffness == "smallest_precision"
+
+
 def _closed(covariances: list[Tensor], config: ScoreConfig) -> list[_Spectral]:
     """Stiffness from e_1 and the trace, participation ratio tr(S)^2 / |S|_F^2: no eigenproblem."""
     found = []
@@ -213,41 +141,110 @@ def _with_sinks(known: list[_Spectral], covariances: list[Tensor], config: Score
     """Stiffness and rank of kept and dropped tokens together; for comparison only, so fp32 will do."""
     if known[0].values is None:
         return [(item.stiffness, item.rank) for item in _closed(covariances, config)]
-    if covariances[0].shape[0] < _WIDE:
+    if covariances[0].shape[0] < WIDE:
         return [_summary(spectrum(covariance.float()).double(), config) for covariance in covariances]
     values = [item.values for item in known if item.values is not None]
     return [_summary(e, config) for e in spectra_with_sinks(values, covariances)]
 
 
-def _spectral(views: dict[str, _View], split: int, counts: Tensor | None, config: ScoreConfig) -> dict[str, _Spectral]:
-    for name, view in views.items():
-        # Before any eigenvalue is asked for: none of a matrix of zeros is anything.
-        if not float(view.covariance.diagonal().sum()) > 0:
+def _stiffness(largest: float, mean: float, config: ScoreConfig) -> Tensor:
+    return -torch.log(torch.tensor(largest + config.rho * mean, dtype=torch.float64))
+
+
+def _wide(views: list[View], config: ScoreConfig) -> tuple[list[_Spectral], list[tuple[Tensor, Tensor]]]:
+    """Of each view, what its covariance says, and stiffness and rank with sinks; nothing is solved for."""
+    dim = views[0].covariance.shape[0]
+    known = extremes([view.covariance for view in views])
+    spectral = [
+        _Spectral(
+            stiffness=_stiffness(known.largest[i], known.traces[i] / dim, config),
+            rank=log_rank(view.covariance, known, i, config),
+            largest=known.largest[i],
+            mean=known.traces[i] / dim,
+        )
+        for i, view in enumerate(views)
+    ]
+    covariances = [view.with_sinks for view in views if view.with_sinks is not None]
+    if not covariances:
+        return spectral, [(item.stiffness, item.rank) for item in spectral]
+    # Something was dropped in all coordinates or in none: the views of both lists correspond.
+    both = extremes(covariances, known.found)
+    sinks = [
+        (
+            _stiffness(both.largest[i], both.traces[i] / dim, config),
+            rank_with_sinks(spectral[i].rank, known, both, i, covariance, config),
+        )
+        for i, covariance in enumerate(covariances)
+    ]
+    return spectral, sinks
+
+
+def _check_variation(views: dict[str, View], split: int) -> None:
+    # Before any eigenvalue is asked for: none of a matrix of zeros is anything.
+    traces = torch.stack([view.covariance.diagonal().sum() for view in views.values()]).tolist()
+    for name, trace in zip(views, traces):
+        if not trace > 0:
             raise UsageError(
                 f"the kept states of split {split} do not vary ({name} coordinates), so they have no geometry. "
                 "Score more varied text, or check the backbone's weights."
             )
+
+
+def _spectral(
+    views: dict[str, View], counts: Tensor | None, config: ScoreConfig
+) -> tuple[list[_Spectral], list[tuple[Tensor, Tensor]]]:
+    """Of each view, what its covariance says, and stiffness and rank of kept and dropped tokens together."""
+    if is_lean(views[next(iter(views))].covariance.shape[0], counts, config):
+        return _wide(list(views.values()), config)
     covariances = [view.covariance for view in views.values()]
     if needs_spectrum(config, counts):
-        return {name: _solved(c, config, basis=counts is not None) for name, c in zip(views, covariances)}
-    return dict(zip(views, _closed(covariances, config)))
+        spectral = [_solved(covariance, config, basis=counts is not None) for covariance in covariances]
+    else:
+        spectral = _closed(covariances, config)
+    both = [view.with_sinks for view in views.values() if view.with_sinks is not None]
+    return spectral, _with_sinks(spectral, both, config) if both else [(s.stiffness, s.rank) for s in spectral]
 
 
-def _proxies(
-    view: _View,
+def _fetched(numbers: dict[str, Tensor]) -> dict[str, float]:
+    """Numbers on the host, those of a GPU in one transfer: each is a wait for everything before it."""
+    there = {name: value.double() for name, value in numbers.items() if value.device.type != "cpu"}
+    found = dict(zip(there, torch.stack(list(there.values())).tolist())) if there else {}
+    return {name: found[name] if name in found else float(value) for name, value in numbers.items()}
+
+
+def _median(values: Tensor) -> Tensor:
+    """The mean of the two middle ones where their number is even."""
+    ascending, last = values.sort().values, len(values) - 1
+    return (ascending[last // 2] + ascending[(last + 1) // 2]) / 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Local:
+    """The neighbourhoods of one view: numbers still on the device."""
+
+    curvature: Tensor
+    floored: Tensor
+    duplicates: Tensor
+    resampled: tuple[Tensor, ...] | None
+
+
+def _local(
+    view: View,
     spectral: _Spectral,
-    sinks: tuple[Tensor, Tensor],
     coordinates: str,
-    document: Tensor,
     anchors: Tensor,
-    counts: Tensor | None,
+    sampling: Sampling,
+    rows: Tensor | None,
     config: ScoreConfig,
-) -> Proxies:
+) -> _Local:
     points = view.points
     local = local_spread(points, anchors, config.neighbours)
     bend = curvature(local.variance, spectral.mean)
     resampled = None
+    counts = sampling.counts
     if counts is not None and spectral.values is not None and spectral.basis is not None:
+        document = sampling.pool_document.to(points.device)
+        document = document if rows is None else document[rows]
         spectra = resampled_spectrum(
             points,
             document,
@@ -258,19 +255,21 @@ def _proxies(
         )
         bends = resampled_curvature(bend, local, anchors, document, counts)
         resampled = tuple(v.cpu() for v in (bends, *_summary(spectra, config)))
-    return Proxies(
-        curvature=float(weighted_median(bend, torch.ones_like(anchors))),
-        stiffness=float(spectral.stiffness),
-        rank=float(spectral.rank),
-        stiffness_with_sinks=float(sinks[0]),
-        rank_with_sinks=float(sinks[1]),
-        largest_eigenvalue=spectral.largest,
-        mean_eigenvalue=spectral.mean,
-        anchors=len(anchors),
-        floored=float((local.variance <= FLOOR * spectral.mean).double().mean()),
-        duplicates=float((local.nearest <= FLOOR * spectral.mean).double().mean()),
+    floor = FLOOR * spectral.mean
+    return _Local(
+        curvature=_median(bend),
+        floored=(local.variance <= floor).double().mean(),
+        duplicates=(local.nearest <= floor).double().mean(),
         resampled=resampled,
     )
+
+
+def _anchors(kept: Tensor, rows: Tensor | None, sampling: Sampling, config: ScoreConfig) -> Tensor:
+    """Places of the anchors among the kept pool tokens."""
+    preferred = sampling.anchor_preference.to(kept.device)
+    if rows is None:
+        return preferred[: config.anchors]
+    return (kept.cumsum(0) - 1)[preferred[kept[preferred]][: config.anchors]]
 
 
 def assess_layer(layer: LayerStatistics, sampling: Sampling, config: ScoreConfig) -> LayerNumbers:
@@ -280,35 +279,67 @@ def assess_layer(layer: LayerStatistics, sampling: Sampling, config: ScoreConfig
         UsageError: too few kept tokens for the neighbours; states that do not vary.
     """
     kept = layer.pool_kept
-    if int(kept.sum()) <= config.neighbours:
+    count = int(kept.sum())
+    if count <= config.neighbours:
         raise UsageError(
-            f"split {layer.split} keeps {int(kept.sum())} pool tokens, {config.neighbours} neighbours need at least "
+            f"split {layer.split} keeps {count} pool tokens, {config.neighbours} neighbours need at least "
             f"{config.neighbours + 1}. Score more text, lower `neighbours`, or raise `norm_factor`."
         )
-    place = kept.cumsum(0) - 1
-    preferred = sampling.anchor_preference.to(kept.device)
-    anchors = place[preferred[kept[preferred]][: config.anchors]]
-    document = sampling.pool_document.to(kept.device)[kept]
-    frame = _Frame(layer)
+    rows = None if count == len(kept) else kept.nonzero().squeeze(1)
+    anchors = _anchors(kept, rows, sampling, config)
+    dim = layer.pool.shape[1]
+    frame = Frame(layer, rows, lean=is_lean(dim, sampling.counts, config))
     views = {name: COORDINATES[name][0](frame) for name in config.coordinates}
-    spectral = _spectral(views, layer.split, sampling.counts, config)
-    sinks = {name: (item.stiffness, item.rank) for name, item in spectral.items()}
-    both = {name: view.with_sinks for name, view in views.items() if view.with_sinks is not None}
-    if both:
-        sinks |= zip(both, _with_sinks([spectral[name] for name in both], list(both.values()), config))
+    _check_variation(views, layer.split)
     moments = layer.kept["rms"]
-    unit = moments.mean * moments.count / moments.mean.shape[0] ** 0.5
+    unit = moments.mean * moments.count / dim**0.5
+    numbers = {
+        "norm": frame.norms.median(),
+        "unit": unit.square().sum(),
+        "log trace": frame.variance.sum().clamp_min(1e-300).log(),
+    }
+    known, sinks = _spectral(views, sampling.counts, config)
+    spectral, local = dict(zip(views, known)), {}
+    for (name, item), pair in zip(spectral.items(), sinks):
+        local[name] = _local(views[name], item, name, anchors, sampling, rows, config)
+        found = {"curvature": local[name].curvature, "stiffness": item.stiffness, "rank": item.rank}
+        found |= {"floored": local[name].floored, "duplicates": local[name].duplicates}
+        found |= {"stiffness with sinks": pair[0], "rank with sinks": pair[1]}
+        numbers |= {f"{name} {key}": value for key, value in found.items()}
+    value = _fetched(numbers)
+    _solve_failed(value, views, config)
     return LayerNumbers(
         kept=layer.kept["raw"].count,
         dropped_first=layer.dropped_first,
         dropped_norm=layer.dropped_norm,
         norm_threshold=layer.threshold,
         pilot_median_norm=layer.pilot_median,
-        median_norm=float(layer.pool_norms[kept].median()),
-        mean_cosine=mean_pairwise_cosine(float(unit.square().sum()), moments.count),
-        log_trace=float(frame.covariance.trace().clamp_min(1e-300).log()),
+        median_norm=value["norm"],
+        mean_cosine=mean_pairwise_cosine(value["unit"], moments.count),
+        log_trace=value["log trace"],
         proxies={
-            name: _proxies(view, spectral[name], sinks[name], name, document, anchors, sampling.counts, config)
-            for name, view in views.items()
+            name: Proxies(
+                curvature=value[f"{name} curvature"],
+                stiffness=value[f"{name} stiffness"],
+                rank=value[f"{name} rank"],
+                stiffness_with_sinks=value[f"{name} stiffness with sinks"],
+                rank_with_sinks=value[f"{name} rank with sinks"],
+                largest_eigenvalue=item.largest,
+                mean_eigenvalue=item.mean,
+                anchors=len(anchors),
+                floored=value[f"{name} floored"],
+                duplicates=value[f"{name} duplicates"],
+                resampled=local[name].resampled,
+            )
+            for name, item in spectral.items()
         },
     )
+
+
+def _solve_failed(value: dict[str, float], views: dict[str, View], config: ScoreConfig) -> None:
+    """Ranks for which a factorisation failed (a covariance that rounding made indefinite) are solved for."""
+    for name, view in views.items():
+        for rank, covariance in ((f"{name} rank", view.covariance), (f"{name} rank with sinks", view.with_sinks)):
+            if math.isnan(value[rank]):
+                e = spectrum((view.covariance if covariance is None else covariance).double())
+                value[rank] = float(effective_rank(e, kind=config.rank))

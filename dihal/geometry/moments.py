@@ -11,7 +11,15 @@ from torch import Tensor
 
 from dihal.errors import UsageError
 
-__all__ = ["Moments", "add_upper_gram", "correlation", "cusolver", "spectrum", "spectrum_and_basis"]
+__all__ = [
+    "Moments",
+    "add_upper_gram",
+    "correlation",
+    "covariance_of_both",
+    "cusolver",
+    "spectrum",
+    "spectrum_and_basis",
+]
 
 
 def _native_half(dtype: torch.dtype, device: torch.device) -> bool:
@@ -28,6 +36,7 @@ def work_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 _BLOCK = 144  # width of a block column of a CPU product
 _HALVES = 2_048  # from this width on a CUDA product is made in two block columns: three quarters of work and memory
+_RECENT = 64  # fp32 sums before they go to fp64: their rounding stays at 2e-7 of the sum
 _ROWS = 256  # fewer tokens than this wait for more: many small products cost more than one
 
 
@@ -59,7 +68,7 @@ def _half_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def add_upper_gram(x: Float[Tensor, "tokens dim"], total: Float[Tensor, "packed"]) -> None:
-    """Add the upper triangle of X^T X to a sum of such, block column by block column.
+    """Add the upper triangle of X^T X to a sum of such (fp32 or fp64), block column by block column.
 
     fp32 and fp64 are multiplied in their own precision, half precision on CUDA with an fp32 result.
     """
@@ -75,7 +84,8 @@ class Moments:
     numbers is exact to one rounding, while second moments about the origin lose the digits of
     mean^2 / variance when the mean is subtracted at the end. Half-precision states are *not*
     shifted, because rounding the difference to bf16 costs 1e-3 where the uncentred product is
-    good to 1e-6. Products are fp32, sums over chunks fp64.
+    good to 1e-6. Products are fp32, sums over chunks fp64; on a GPU the products of up to 64 chunks of half precision
+    are summed in fp32 first, which moves a third of the bytes and, with no more chunks than that, holds half of them.
 
     Args:
         shift: any vector near the mean, shape (d,); zeros where states are multiplied in half precision.
@@ -92,6 +102,8 @@ class Moments:
         self.count = 0
         self._total = torch.zeros(dim, dtype=torch.float64, device=shift.device)
         self._sums: Tensor | None = None
+        self._recent: Tensor | None = None
+        self._recent_chunks = 0
         self._wait = wait
         self._waiting: list[Tensor] = []
 
@@ -101,6 +113,9 @@ class Moments:
         if self._sums is None:
             dim, device = self._total.shape[0], self._total.device
             self._sums = torch.zeros(_packed_size(dim, device), dtype=torch.float64, device=device)
+        if self._recent is not None:
+            self._sums += self._recent
+            self._recent, self._recent_chunks = None, 0
         return self._sums
 
     def add(self, x: Float[Tensor, "tokens dim"], scale: Float[Tensor, "tokens"] | None = None) -> None:
@@ -154,7 +169,15 @@ class Moments:
 
     def _multiply(self, y: Tensor) -> None:
         self._total += y.sum(0, dtype=torch.float64 if y.is_cuda else None)
-        add_upper_gram(y, self._second)
+        if not _native_half(y.dtype, y.device):
+            add_upper_gram(y, self._second)
+            return
+        if self._recent is None:
+            self._recent = torch.zeros(_packed_size(y.shape[1], y.device), dtype=torch.float32, device=y.device)
+        add_upper_gram(y, self._recent)
+        self._recent_chunks += 1
+        if self._recent_chunks == _RECENT:
+            _ = self._second
 
     def settle(self) -> None:
         """Multiply what waits: products then do not depend on what comes after."""
@@ -177,6 +200,13 @@ class Moments:
         return both
 
     @property
+    def waiting(self) -> Float[Tensor, "tokens dim"] | None:
+        """The tokens, less the shift, where they are so few that they have not been multiplied yet."""
+        if self._sums is not None or self._recent is not None or not self._waiting:
+            return None
+        return torch.cat(self._waiting)
+
+    @property
     def mean(self) -> Float[Tensor, "dim"]:
         """Mean, fp64."""
         self._flush()
@@ -190,7 +220,10 @@ class Moments:
         dim = offset.shape[0]
         # In place: five such matrices are made per layer, and each pass over fresh memory costs a millisecond or more.
         cov = torch.empty(dim, dim, dtype=torch.float64, device=offset.device)
-        for start, stop, block in _packed(dim, self._second):
+        recent = self._recent if self._sums is None else None
+        for start, stop, block in _packed(dim, self._second if recent is None else recent):
+            if recent is not None:
+                block = cov[start:stop, start:].copy_(block)
             torch.div(block, self.count, out=cov[start:stop, start:])
             cov[start:stop, :start] = 0
         cov.addr_(offset, offset, alpha=-1)
@@ -198,18 +231,39 @@ class Moments:
         return cov.triu_().add_(above.mT)
 
 
+def covariance_of_both(covariance: Float[Tensor, "dim dim"], kept: Moments, few: Moments) -> Float[Tensor, "dim dim"]:
+    """Covariance of two sets of tokens together, from that of the first, in its precision.
+
+    A second set of fewer tokens than have been multiplied adds a matrix of low rank: no other one is made.
+    """
+    both = kept.count + few.count
+    rows = few.waiting
+    mean = few.mean - few.shift if rows is None else rows.mean(0)
+    apart = (mean - (kept.mean - kept.shift)) * (kept.count * few.count) ** 0.5
+    if rows is None:
+        spread = (few.covariance * few.count).addr_(apart / both**0.5, apart / both**0.5)
+        return torch.add(spread.to(covariance.dtype), covariance, alpha=kept.count).div_(both)
+    factor = torch.cat([(rows - mean) / both**0.5, apart[None] / both]).to(covariance.dtype)
+    return torch.addmm(covariance, factor.mT, factor, beta=kept.count / both)
+
+
 def correlation(
-    covariance: Float[Tensor, "dim dim"],
+    covariance: Float[Tensor, "dim dim"], variance: Float[Tensor, "dim"] | None = None
 ) -> tuple[Float[Tensor, "dim dim"], Float[Tensor, "dim"]]:
     """Covariance in standardized coordinates, and each channel's standard deviation.
 
     A channel without variance (below 1e-14 of the largest channel variance, which is rounding) has
     standard deviation infinity: it stays constant zero instead of dividing by nothing.
+
+    Args:
+        covariance: of the states.
+        variance: its diagonal, where that is known more precisely than the matrix.
     """
-    variance = covariance.diagonal()
+    variance = covariance.diagonal() if variance is None else variance
     live = variance > 1e-14 * variance.max()
     std = torch.where(live, variance.clamp_min(0).sqrt(), torch.inf)
-    return (covariance / std[:, None]).div_(std), std
+    near = std.to(covariance.dtype)
+    return (covariance / near[:, None]).div_(near), std
 
 
 @contextlib.contextmanager

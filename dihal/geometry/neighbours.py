@@ -24,8 +24,8 @@ A share, so that a scale h -> a h still moves the curvature by exactly -2 log a.
 
 _MARGIN = 4  # candidates beyond k that are re-ranked exactly
 _GROUPS = 16  # points per group in the candidate search
-_ANCHORS_AT_ONCE = 128  # bounds the matrix of scores
-_GATHER_AT_ONCE = {"cpu": 2**18, "cuda": 2**24}  # numbers gathered together: a core's cache; few launches
+_ANCHORS_AT_ONCE = {"cpu": 128, "cuda": 1024}  # bounds the matrix of scores; few launches
+_GATHER_AT_ONCE = {"cpu": 2**18, "cuda": 2**25}  # numbers gathered together: a core's cache; few launches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +40,17 @@ class LocalSpread:
     """Squared distance to the k-th neighbour / d, fp64."""
     neighbours: Int[Tensor, "anchors k"]
     """Indices of the neighbours, nearest first."""
-    influence: Float[Tensor, "anchors k"]
-    """Change of log variance per unit of weight added to each neighbour (see :func:`_influence`), fp64."""
+    spread: Float[Tensor, "anchors k"]
+    """Squared distance of each neighbour to their mean, fp64."""
+    distance: Float[Tensor, "anchors k"]
+    """Squared distance of each neighbour to the anchor, fp64."""
+
+    @property
+    def influence(self) -> Float[Tensor, "anchors k"]:
+        """Change of log variance per unit of weight added to each neighbour (see :func:`_influence`), fp64."""
+        total = self.spread.sum(1, keepdim=True)
+        share = self.spread / total.clamp_min(torch.finfo(torch.float64).tiny)
+        return torch.where(total > 0, _influence(share, self.distance), 0.0)
 
 
 def _smallest(scores: Tensor, count: int) -> Tensor:
@@ -73,7 +82,7 @@ def candidates(
     """
     squared = torch.linalg.vector_norm(points, dim=1).square()
     found = []
-    for block in anchors.split(_ANCHORS_AT_ONCE):
+    for block in anchors.split(_ANCHORS_AT_ONCE["cuda" if points.is_cuda else "cpu"]):
         scores = torch.addmm(squared[None, :], points[block], points.mT, alpha=-2)
         scores[torch.arange(len(block), device=block.device), block] = torch.inf
         found.append(_smallest(scores, count))
@@ -123,14 +132,14 @@ def local_spread(points: Float[Tensor, "points dim"], anchors: Int[Tensor, "anch
         parts.append((rows.gather(1, chosen.indices), chosen.values, spread))
     neighbours, near, spread = (torch.cat(columns) for columns in zip(*parts))
     near, spread = near.double(), spread.double()
-    total, dim = spread.sum(1), points.shape[1]
-    share = spread / total.clamp_min(torch.finfo(torch.float64).tiny)[:, None]
+    dim = points.shape[1]
     return LocalSpread(
-        variance=total / (k - 1) / dim,
+        variance=spread.sum(1) / (k - 1) / dim,
         nearest=near[:, 0] / dim,
         farthest=near[:, -1] / dim,
         neighbours=neighbours,
-        influence=torch.where(total[:, None] > 0, _influence(share, near), 0.0),
+        spread=spread,
+        distance=near,
     )
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
@@ -19,11 +20,11 @@ from dihal.errors import UsageError, unknown_name
 from dihal.geometry.definitions import definitions
 from dihal.geometry.intervals import percentile_interval, resample_documents
 from dihal.geometry.layer import LayerNumbers, Sampling, assess_layer
-from dihal.geometry.parallel import layer_workers
+from dihal.geometry.parallel import layer_queue
 from dihal.geometry.proxies import RANKS, STIFFNESSES, score, spearman, z_scores
 from dihal.geometry.ranks import Ranks
 from dihal.geometry.report import CoordinateReport, LayerReport, ScoreReport, SplitReport
-from dihal.geometry.streaming import stream_statistics
+from dihal.geometry.streaming import LayerStatistics, stream_statistics
 from dihal.geometry.windows import Draw, draw_documents, sample_pool
 from dihal.io import hash_json
 from dihal.provenance import provenance
@@ -219,8 +220,8 @@ def score_layers(
 
     The text runs once through blocks 0 .. L-2 (h^(L-1) enters the last block), never through the
     head. Memory does not grow with the number of tokens, except for their ids (about 20 bytes per
-    token while the pool is drawn): per layer, four d x d fp64 matrices and ``config.pool`` states.
-    On a CPU as many layers are computed at a time as torch has threads, each with the working set
+    token while the pool is drawn): per layer, two triangles of d x d (two more where many tokens are dropped) and
+    ``config.pool`` states. On a GPU the first layers are assessed while the last ones are run. On a CPU as many layers are computed at a time as torch has threads, each with the working set
     of a few more of both; the assessment does not depend on that number.
 
     Args:
@@ -256,16 +257,18 @@ def score_layers(
     window_of = torch.searchsorted(draw.offsets, pool, right=True) - 1
     counts = resample_documents(draw.documents, config.bootstrap, config.seed) if config.bootstrap else None
     sampling = Sampling(pool_document=draw.document[window_of], anchor_preference=preference, counts=counts)
-    own = [split for split in range(layers) if ranks.owns(split)]
     assessed: dict[int, LayerNumbers] = {}
-    with _progress(progress, draw.tokens, layers) as (forward, scored):
-        held = {layer.split: layer for layer in stream_statistics(backbone, draw, pool, config, forward, ranks)}
-        with layer_workers(backbone.device) as over:
-            # A layer is forgotten once it is scored: its pool is the largest thing held.
-            found = over(lambda split: assess_layer(held.pop(split), sampling, config), own)
-            for split, layer in zip(own, found, strict=True):
-                assessed[split] = layer
-                scored(ranks.size)
+    with _progress(progress, draw.tokens, layers) as (forward, scored), layer_queue(backbone.device) as submit:
+        waiting: dict[int, Future[LayerNumbers]] = {}
+
+        def begin(layer: LayerStatistics) -> None:
+            # Nothing else holds the layer: it is forgotten once it is scored, and its pool is the largest thing held.
+            waiting[layer.split] = submit(assess_layer, layer, sampling, config)
+
+        stream_statistics(backbone, draw, pool, config, forward, ranks, begin)
+        for split in sorted(waiting):
+            assessed[split] = waiting.pop(split).result()
+            scored(ranks.size)
     numbers = ranks.gather(assessed, layers)
     candidates = torch.arange(layers) > 0
     by_coordinates = {name: _coordinate_report(numbers, name, candidates, config) for name in config.coordinates}

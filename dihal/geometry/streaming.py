@@ -43,6 +43,21 @@ def rms_scale(norms: Float[Tensor, "tokens"], dim: int) -> Float[Tensor, "tokens
     return dim**0.5 / norms.clamp_min(torch.finfo(norms.dtype).tiny)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Seen:
+    """A chunk's states of one layer, and what the host must know before it can add them."""
+
+    x: Tensor
+    norms: Tensor
+    dropped: Tensor
+    """Dropped tokens first, in their order; on a CPU only they."""
+    rows: Tensor
+    slots: Tensor
+    counts: Tensor
+    """Not finite, first, large but not first; on the host once ``known``."""
+    known: torch.cuda.Event | None
+
+
 class LayerStatistics:
     """What is known of the states of one layer. Final.
 
@@ -107,20 +122,48 @@ class LayerStatistics:
         Raises:
             UsageError: NaN or infinity in the states.
         """
+        self.finish(self.begin(x, first, rows, slots))
+
+    def begin(
+        self,
+        x: Float[Tensor, "tokens dim"],
+        first: Bool[Tensor, "tokens"],
+        rows: Int[Tensor, "chosen"],
+        slots: Int[Tensor, "chosen"],
+    ) -> _Seen:
+        """First half of :meth:`add`: look at the tokens. Nothing waits for the device."""
         norms = _norms(x)
         first = first.to(x.device) if self._drop_first else torch.zeros_like(norms, dtype=torch.bool)
         large = norms > self.threshold
-        # All that the host must know, in one transfer: on a GPU each is a wait for everything before it.
-        finite = norms.isfinite()
-        bad, dropped_first, dropped_norm = torch.stack([(~finite).sum(), first.sum(), (large & ~first).sum()]).tolist()
+        counts = torch.stack([(~norms.isfinite()).sum(), first.sum(), (large & ~first).sum()])
+        dropped, known = first | large, None
+        if x.is_cuda:
+            # The host reads the counts when they are there; it does not wait for them with nothing begun behind them.
+            dropped = dropped.to(torch.uint8).argsort(descending=True, stable=True)
+            counts = torch.empty(3, dtype=torch.int64, pin_memory=True).copy_(counts, non_blocking=True)
+            known = torch.cuda.current_stream(x.device).record_event()
+        else:
+            dropped = dropped.nonzero().squeeze(1)
+        return _Seen(x=x, norms=norms, dropped=dropped, rows=rows, slots=slots, counts=counts, known=known)
+
+    def finish(self, seen: _Seen) -> None:
+        """Second half of :meth:`add`. On a GPU it is best called when more work has been begun.
+
+        Raises:
+            UsageError: NaN or infinity in the states.
+        """
+        if seen.known is not None:
+            seen.known.synchronize()
+        bad, dropped_first, dropped_norm = seen.counts.tolist()
+        x, norms = seen.x, seen.norms
         if bad:
             self._refuse(bad, len(x))
         self.tokens += len(x)
         self.dropped_first += dropped_first
         self.dropped_norm += dropped_norm
-        self.pool[slots] = x[rows]
-        self.pool_norms[slots] = norms[rows]
-        where = (first | large).nonzero().squeeze(1) if dropped_first + dropped_norm else slots[:0]
+        self.pool[seen.slots] = x[seen.rows]
+        self.pool_norms[seen.slots] = norms[seen.rows]
+        where = seen.dropped[: dropped_first + dropped_norm]
         scale = rms_scale(norms, x.shape[1])
         self.kept["raw"].add_chosen(x, where)
         self.kept["rms"].add_chosen(x, where, scale)
@@ -176,6 +219,7 @@ def stream_statistics(
     config: ScoreConfig,
     advance: Callable[[int], None] | None = None,
     ranks: Ranks = Ranks(),  # noqa: B008 (frozen)
+    whole: Callable[[LayerStatistics], None] | None = None,
 ) -> list[LayerStatistics]:
     """Run the backbone without its head and collect the statistics of h^0 .. h^(L-1).
 
@@ -186,6 +230,8 @@ def stream_statistics(
         config: chunk size and sink policy.
         advance: called with the number of tokens of each chunk done, by whichever process.
         ranks: the processes that share the chunks. Each layer's statistics are whole on its owner and nowhere else.
+        whole: called with each own layer once its statistics are whole: on a GPU and by one process while the blocks
+            above are still to be run for the last time.
 
     Raises:
         UsageError: NaN or infinity in the states of a layer.
@@ -193,6 +239,12 @@ def stream_statistics(
     layers = [LayerStatistics(split, len(pool), config) for split in range(backbone.num_blocks)]
     plan = plan_chunks(draw, config.batch_tokens)
     waiting: list[tuple[Chunk, dict[int, Tensor]]] = []
+    told: set[int] = set()
+
+    def tell(layer: LayerStatistics) -> None:
+        if whole is not None and layer.split not in told:
+            told.add(layer.split)
+            whole(layer)
 
     def prepare(layer: LayerStatistics) -> None:
         layer.prepare([held[layer.split] for _, held in waiting], [done.first for done, _ in waiting])
@@ -209,9 +261,8 @@ def stream_statistics(
                     advance(len(chunk.index))
                 continue
             if device.type != "cpu" and not chunk.pilot:
-                # Each layer's states are used as they appear and held no longer.
-                places = _Places.of(chunk, pool, device)
-                _visit(backbone, chunk, lambda split, state, p=places: add(layers[split], p, p.real(state)))
+                last = number + 1 == len(plan) and ranks.size == 1
+                _stream(backbone, chunk, layers, _Places.of(chunk, pool, device), tell if last else None)
                 if advance is not None:
                     advance(len(chunk.index))
                 continue
@@ -232,7 +283,36 @@ def stream_statistics(
                     advance(len(done.index))
             waiting.clear()
     ranks.merge(layers)
+    for layer in layers:
+        if ranks.owns(layer.split):
+            tell(layer)
     return layers
+
+
+def _stream(
+    backbone: Backbone,
+    chunk: Chunk,
+    layers: list[LayerStatistics],
+    places: _Places,
+    whole: Callable[[LayerStatistics], None] | None,
+) -> None:
+    """Add a chunk's states as they appear, each one block late: then the host never waits with nothing begun."""
+    behind: list[tuple[LayerStatistics, _Seen]] = []
+
+    def finish() -> None:
+        layer, seen = behind.pop()
+        layer.finish(seen)
+        if whole is not None:
+            whole(layer)
+
+    def show(split: int, state: Tensor) -> None:
+        seen = layers[split].begin(places.real(state), places.first, places.rows, places.slots)
+        if behind:
+            finish()
+        behind.append((layers[split], seen))
+
+    _visit(backbone, chunk, show)
+    finish()
 
 
 def _shared(own: dict[int, Tensor], chunk: Chunk, backbone: Backbone, ranks: Ranks, number: int) -> dict[int, Tensor]:

@@ -60,14 +60,15 @@ class StaticSlot:
         self._values: Heads | None = None
 
     def write(self, keys: New, values: New) -> tuple[Heads, Heads]:
-        """Put new keys and values (batch, heads, new, head_dim) at the positions of this pass; return the whole room."""
+        """Put new keys and values (batch, heads, new, head_dim) at the positions of this pass; return the room within reach."""
         if self._keys is None or self._values is None:
             batch, heads, _, size = keys.shape
             self._keys = keys.new_zeros(batch, heads, self._place.length, size)
             self._values = values.new_zeros(batch, heads, self._place.length, values.shape[-1])
         self._keys.index_copy_(2, self._place.current, keys)
         self._values.index_copy_(2, self._place.current, values)
-        return self._keys, self._values
+        reach = self._place.reach
+        return self._keys[:, :, :reach], self._values[:, :, :reach]
 
 
 class StaticPlace:
@@ -80,6 +81,8 @@ class StaticPlace:
 
     def __init__(self, length: int, device: torch.device) -> None:
         self.length = length
+        self.reach = length
+        """Leading positions that a pass reads; no pass may stand beyond them. What is not there is masked."""
         self.next = torch.zeros(1, dtype=torch.int64, device=device)
         """The position that a pass over one token writes."""
         self.current = self.next
@@ -102,18 +105,19 @@ class StaticPlace:
         self.current = self._spans[count]
         self.current.copy_(self._every[start : start + count])
 
-    def mask(self, known: Bool[Tensor, "batch new"] | None = None) -> Bool[Tensor, "rows 1 new length"]:
+    def mask(self, known: Bool[Tensor, "batch new"] | None = None) -> Bool[Tensor, "rows 1 new reach"]:
         """True where a position of this pass sees one of the room.
 
         Args:
             known: None: the mask `causal`. Else `mixed`: every position before this pass is known, and these of it are.
         """
+        every = self._every[: self.reach]
         if known is None:
-            return (self._every[None, :] <= self.current[:, None])[None, None]
+            return (every[None, :] <= self.current[:, None])[None, None]
         order = torch.arange(known.shape[1], device=known.device)
         among = ~known[:, :, None] | (known[:, None, :] & (order[None, :] <= order[:, None])[None])
-        room = torch.zeros(*known.shape, self.length, dtype=torch.bool, device=known.device)
-        before = self._every < self.current[0]
+        room = torch.zeros(*known.shape, self.reach, dtype=torch.bool, device=known.device)
+        before = every < self.current[0]
         return (room.index_copy(2, self.current, among) | before)[:, None]
 
 

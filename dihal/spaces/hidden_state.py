@@ -10,8 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dihal.diffusion.process import Process
-from dihal.diffusion.samplers import SAMPLERS
-from dihal.errors import unknown_name
+from dihal.diffusion.samplers import SAMPLERS, evaluation_times
 from dihal.random import normal
 from dihal.spaces.base import Estimate, NoiseKey, Space
 from dihal.spaces.hidden import HiddenSpace
@@ -96,15 +95,14 @@ def walk_states(
         sampler: entry of ``dihal.diffusion.SAMPLERS``.
         weight: of the re-encoded state.
     """
-    if sampler not in SAMPLERS:
-        raise unknown_name("sampler", sampler, SAMPLERS)
+    at = iter(evaluation_times(sampler, times))
     last: Estimate | None = None
 
     def denoise(z_t: State, t: Time) -> State:
         nonlocal last
         last = estimate(z_t, t)
         x0 = x0_of(last)
-        tokens = project(last, float(t[0]))
+        tokens = project(last, next(at))
         return x0 if tokens is None or weight == 0.0 else torch.lerp(x0, encode(tokens).to(x0.dtype), weight)
 
     SAMPLERS[sampler](

@@ -19,16 +19,19 @@ settled. With fresh noise at each step nothing settles, and the last tokens are 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from dihal.config.spaces import WritingConfig
+from dihal.diffusion.process import Process
 from dihal.diffusion.samplers import nfe, time_grid
 from dihal.spaces.base import Estimate, NoiseKey
+from dihal.spaces.hidden_state import VectorSpace
 from dihal.types import Mask, PerPosition, State, Time, TokenIds
 from dihal.writing.context import Context
 from dihal.writing.draw import TokenNoise
@@ -39,7 +42,7 @@ if TYPE_CHECKING:
     from dihal.backbone import Backbone
     from dihal.writer import Writer
 
-__all__ = ["Block", "BlockText", "branches_of", "estimates", "readout_weight"]
+__all__ = ["Block", "BlockText", "branches_of", "estimates", "readout_weight", "walked_process"]
 
 
 def readout_weight(writing: WritingConfig) -> float:
@@ -59,13 +62,30 @@ def estimates(writing: WritingConfig, space: str) -> int:
     return writing.steps if space == "simplex" else nfe(writing.sampler, writing.steps)
 
 
+def walked_process(writer: Writer) -> Process:
+    """The process as the solver of this writer's space walks it.
+
+    Solvers take coefficients as numbers of the host: a learned schedule goes there once per text, and no step waits.
+    """
+    if writer.schedule is None or not isinstance(writer.space, VectorSpace):
+        return writer.process
+    return replace(writer.process, schedule=copy.deepcopy(writer.schedule).cpu())
+
+
 @dataclass(frozen=True, kw_only=True)
 class BlockText:
-    """What a block came to: its tokens, and those that each readout alone would have written (None: not compared)."""
+    """What a block came to.
+
+    Attributes:
+        tokens: of its columns.
+        own, suffix: those that each readout alone would have written; None: not compared.
+        finite: whether the logits that decided were numbers; on the device, nobody has waited for it.
+    """
 
     tokens: TokenIds
     own: TokenIds | None
     suffix: TokenIds | None
+    finite: Bool[Tensor, ""]
 
 
 class Block:
@@ -78,7 +98,10 @@ class Block:
         writing: how to write.
         tokens: of known and given positions; anything elsewhere.
         known: state known. given: token known only. Tokens that continue the known ones without a gap become known.
+        begins: the state of some column is known from the start.
+        process: see :func:`walked_process`.
         keys: key of each position's random numbers.
+        noise_bytes: noise of tokens that may be kept from step to step.
         banned: a token that is never written.
         compare: also read by each readout alone, at the end.
     """
@@ -93,12 +116,16 @@ class Block:
         tokens: TokenIds,
         known: Mask,
         given: Mask,
+        begins: bool,
+        process: Process,
         keys: Int[Tensor, "batch time"],
+        noise_bytes: int,
         banned: int | None,
         compare: bool,
     ) -> None:
         self.writer, self.backbone, self.context, self.writing = writer, backbone, context, writing
         self.space = writer.space
+        self.process = process
         self.keys = keys
         self.compare = compare
         self.positions = context.positions(tokens.shape[1])
@@ -116,13 +143,14 @@ class Block:
         self.clean: Tensor | None = None
         """Their clean states in the space."""
         drawn = max(writing.temperature, writing.temperature_start) > 0
-        noise = TokenNoise(writing.seed, keys, backbone.vocab_size, common=writing.common_noise) if drawn else None
+        vocab, common = backbone.vocab_size, writing.common_noise
+        noise = TokenNoise(writing.seed, keys, vocab, common=common, most_bytes=noise_bytes) if drawn else None
         self.meter = context.costs.meter
         self.size = {"batch": tokens.shape[0], "new": tokens.shape[1]}
         self.reader = Reader(self.space, backbone, noise=noise, banned=banned, meter=self.meter)
         self._true: State | None = None
         self._set_known(known, given)
-        if bool(self.known.any()):
+        if begins:
             self._true = context.states(self.tokens)
             self.clean = self._encode(self._true)
 
@@ -237,14 +265,10 @@ class Block:
     # -- the whole
 
     def run(self) -> BlockText:
-        """Denoise the block and read it.
-
-        Raises:
-            UsageError: states or logits that are not numbers.
-        """
+        """Denoise the block and read it. Nothing waits for the device."""
         writing = self.writing
         last = self.space.walk(
-            self.writer.process,
+            self.process,
             self.estimate,
             self.project,
             NoiseKey(seed=writing.seed, purpose="write", ids=self.keys),
@@ -261,6 +285,5 @@ class Block:
         fixed, self.committed = self.committed, torch.zeros_like(self.committed)
         (tokens, *alone), _ = self._read(last, weights, writing.temperature, self.estimates)
         tokens = torch.where(fixed, self.tokens, tokens)
-        self.reader.check()
         own, suffix = alone if self.compare else (None, None)
-        return BlockText(tokens=tokens, own=own, suffix=suffix)
+        return BlockText(tokens=tokens, own=own, suffix=suffix, finite=self.reader.finite)

@@ -8,6 +8,7 @@ again, of the blocks that read states) runs over the columns being written alone
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -44,6 +45,14 @@ class Costs:
     reads: int = 0
     blocks: int = 0
 
+    def add(self, other: Costs) -> None:
+        """Count what another one has counted, too."""
+        self.meter.merge(other.meter.flops)
+        self.nfe += other.nfe
+        self.encodes += other.encodes
+        self.reads += other.reads
+        self.blocks += other.blocks
+
 
 class Context:
     """Known columns 0 .. length - 1, and passes over the columns that follow.
@@ -58,6 +67,9 @@ class Context:
         precision: of the denoiser's products.
         costs: counters to add to.
     """
+
+    casts_once = True
+    """Weights cast by autocast are kept until the text is written."""
 
     def __init__(
         self,
@@ -177,7 +189,7 @@ class Context:
                 meter.suffix(split, batch=self.batch, new=whole.shape[1], adapters=adapters)
         first = torch.zeros_like(out[:, :1]) if self._last is None else self._last
         if keep:
-            self._last = out[:, -1:]
+            self._remember(out[:, -1:])
         else:
             self.costs.reads += 1
         return torch.cat([first, out[:, :-1]], dim=1)
@@ -200,7 +212,12 @@ class Context:
         """
         denoiser, meter = self.writer.denoiser, self.costs.meter
         device, count = inputs.device, inputs.shape[1]
-        low = torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.precision == "bfloat16")
+        low = torch.autocast(
+            device.type,
+            dtype=torch.bfloat16,
+            enabled=self.precision == "bfloat16",
+            cache_enabled=self.casts_once,
+        )
         if self.cached:
             with low:
                 out = self._denoiser(branch, keep, inputs, t, condition, drop, known, previous)
@@ -225,11 +242,38 @@ class Context:
         self.costs.nfe += not keep
         return out.float()
 
+    def _remember(self, last: State) -> None:
+        self._last = last
+
+    def block(
+        self, function: Callable[..., tuple[Tensor, ...]], depends: tuple[Hashable, ...], *given: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Call what denoises the columns that follow.
+
+        Args:
+            function: reads of what changes from block to block only ``given`` and what is asked of this context.
+            depends: everything else that its outputs depend on.
+            given: tensors, the first of shape (batch, columns).
+        """
+        return function(*given)
+
     def extend(self, tokens: TokenIds) -> None:
         """Take tokens in as known columns, in every row."""
-        count = tokens.shape[1]
-        if count == 0:
+        if tokens.shape[1] == 0:
             return
+        states = self._take_in(tokens)
+        if not self.cached:
+            self._tokens.append(tokens)
+            if states is not None:
+                self._states.append(states)
+        self.length += tokens.shape[1]
+
+    def close(self) -> None:
+        """The text is written."""
+
+    def _take_in(self, tokens: TokenIds) -> State | None:
+        """Keys, values and last features of known columns; returns their states."""
+        count = tokens.shape[1]
         writer, space = self.writer, self.writer.space
         positions = self.positions(count)
         states = self.states(tokens, keep=True)
@@ -246,8 +290,4 @@ class Context:
             inputs = torch.zeros_like(inputs) if blind else inputs
             drop = torch.full_like(known, blind)
             self.denoise(branch, inputs, t, condition, drop, known, None, keep=True)
-        if not self.cached:
-            self._tokens.append(tokens)
-            if states is not None:
-                self._states.append(states)
-        self.length += count
+        return states

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dihal.random import random_words
 
-__all__ = ["TokenNoise", "gumbel", "splitmix64"]
+__all__ = ["TokenNoise", "gumbel", "kept_bytes", "splitmix64"]
 
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 _ROUNDS = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64))
@@ -50,6 +50,11 @@ def gumbel(seed: int, ids: Int[Tensor, " rows"], purpose: str, vocab: int) -> Fl
     return bits.double().add_(0.5).mul_(2.0**-52).log_().neg_().log_().neg_()
 
 
+def kept_bytes(device: torch.device) -> int:
+    """How much noise a device may keep between steps."""
+    return torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else _CPU_BYTES
+
+
 class TokenNoise:
     """Gumbel noise of a block's positions.
 
@@ -58,21 +63,21 @@ class TokenNoise:
         keys: key of each position (see :func:`~dihal.writing.known.position_keys`).
         vocab: V.
         common: the same noise at every step; off: fresh noise at each.
+        most_bytes: see :func:`kept_bytes`.
 
     Common noise is kept between steps where memory allows; kept or made again, it is the same to the bit.
     """
 
-    def __init__(self, seed: int, keys: Int[Tensor, "batch time"], vocab: int, *, common: bool) -> None:
+    def __init__(
+        self, seed: int, keys: Int[Tensor, "batch time"], vocab: int, *, common: bool, most_bytes: int
+    ) -> None:
         self.seed = seed
         self.keys = keys.flatten()
         self.vocab = vocab
         self.common = common
         self._kept: Tensor | None = None
         self._made: set[int] = set()
-        size = 8 * self.keys.numel() * vocab
-        device = keys.device
-        room = torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else _CPU_BYTES
-        self._keeps = common and size <= room
+        self._keeps = common and 8 * self.keys.numel() * vocab <= most_bytes
 
     def rows(self, start: int, stop: int, step: int) -> Float[Tensor, "rows vocab"]:
         """Noise of flat positions start .. stop - 1 at a step. Ask for the same chunks at every step."""

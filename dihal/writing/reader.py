@@ -7,10 +7,9 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dihal.errors import UsageError
 from dihal.meter import Meter
 from dihal.types import PerPosition, State, TokenIds
 from dihal.writing.draw import TokenNoise
@@ -152,11 +151,7 @@ class Reader:
         likely = torch.cat(confidence).view(shape).float() if sure else None
         return [torch.cat(parts).view(shape) for parts in drawn], likely
 
-    def check(self) -> None:
-        """Refuse tokens drawn from logits that were not numbers; asked once, at the end, to keep a GPU busy.
-
-        Raises:
-            UsageError: logits NaN or infinite.
-        """
-        if self._finite is not None and not bool(self._finite):
-            raise UsageError("the logits to write from are NaN or infinite: the checkpoint diverged or is damaged.")
+    @property
+    def finite(self) -> Bool[Tensor, ""]:
+        """Whether all logits that decided so far were numbers; to look at it waits for the device."""
+        return torch.ones((), dtype=torch.bool, device=self.backbone.device) if self._finite is None else self._finite

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,8 +15,9 @@ from dihal.diffusion.guidance import evaluations_per_estimate
 from dihal.errors import UsageError
 from dihal.meter import Meter
 from dihal.types import TokenIds
-from dihal.writing.block import Block, branches_of, estimates
+from dihal.writing.block import Block, branches_of, estimates, walked_process
 from dihal.writing.context import Context, Costs
+from dihal.writing.draw import kept_bytes
 from dihal.writing.known import position_keys, settled
 from dihal.writing.static import StaticContext
 
@@ -74,6 +76,23 @@ def _check(known: Tensor, given: Tensor, writing: WritingConfig, ids: Tensor) ->
         )
 
 
+def _check_finite(finite: list[Tensor]) -> None:
+    """Refuse texts drawn from logits that were not numbers; asked at the end, to keep a GPU busy."""
+    if finite and not bool(torch.stack(finite).all()):
+        raise UsageError("the logits to write from are NaN or infinite: the checkpoint diverged or is damaged.")
+
+
+def _denoised(
+    tokens: Tensor, known: Tensor, given: Tensor, keys: Tensor, *, context: Context, **options: Any
+) -> tuple[Tensor, ...]:
+    """A block's tokens, whether they are drawn from numbers, and the readouts' own tokens if they are compared."""
+    text = Block(
+        context.writer, context.backbone, context, tokens=tokens, known=known, given=given, keys=keys, **options
+    ).run()
+    alone = () if text.own is None or text.suffix is None else (text.own, text.suffix)
+    return (text.tokens, text.finite, *alone)
+
+
 @torch.no_grad()
 def write(
     writer: Writer,
@@ -117,35 +136,36 @@ def write(
     else:
         context = Context(writer, backbone, cached=cached, **options)
     tokens, own, suffix = ids.clone(), ids.clone(), ids.clone()
+    # A state is known from a block's start where its first column is.
+    begins: list[bool] = (known | given).any(0).tolist()
+    banned = None if end else stop_id
+    how = {"writing": writing, "banned": banned, "compare": compare}
+    how |= {"context": context, "process": walked_process(writer), "noise_bytes": kept_bytes(device)}
+    finite: list[Tensor] = []
     with torch.autocast(device.type, enabled=False):
         start = int(known.all(0).long().cumprod(0).sum())
         context.extend(ids[:, :start])
         size = time - start if writing.block is None else writing.block
         while start < time:
             part = slice(start, min(start + size, time))
-            text = Block(
-                writer,
-                backbone,
-                context,
-                writing,
-                tokens=ids[:, part],
-                known=known[:, part],
-                given=given[:, part],
-                keys=keys[:, part],
-                banned=None if end else stop_id,
-                compare=compare,
-            ).run()
+            denoised = partial(_denoised, begins=begins[start], **how)
+            depends = (writing, banned, compare, begins[start])
+            given_columns = (ids[:, part], known[:, part], given[:, part], keys[:, part])
+            text, numbers, *alone = context.block(denoised, depends, *given_columns)
             costs.blocks += 1
-            tokens[:, part] = text.tokens
+            finite.append(numbers)
+            tokens[:, part] = text
             if compare:
-                own[:, part], suffix[:, part] = text.own, text.suffix
+                own[:, part], suffix[:, part] = alone
             start = part.stop
             if start < time:
                 if end and bool(((tokens == stop_id) & free)[:, :start].any(-1).all()):
                     tokens[:, start:] = torch.where(free, stop_id, tokens)[:, start:]
                     free = free & (torch.arange(time, device=device) < start)
                     break
-                context.extend(text.tokens)
+                context.extend(text)
+        _check_finite(finite)
+    context.close()
     agreement = None
     if compare:
         agreement = ((own == suffix) & free).sum(-1) / free.sum(-1).clamp_min(1)

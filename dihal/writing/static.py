@@ -1,75 +1,122 @@
-"""Writing with keys and values in room of fixed size: on a GPU every pass is a CUDA graph.
+"""Writing with keys and values in room of fixed size: on a GPU a block is one CUDA graph, and so is its being taken in.
 
-At small batch a pass over a block is bound by reading weights once; thousands of kernels started one by one from
-Python take several times that. The columns being written lie at the same addresses in every evaluation of a block,
-and in every block of the same size, so that a pass is captured once and replayed.
+All steps of a block are captured together: denoiser, solver, noise and, with projection, reading, drawing and encoding
+again. Times of the steps and coefficients of the solver are numbers of the host and so constants of the graph; what
+changes from block to block is copied in (tokens, masks, keys of the noise) or stands at a fixed address (positions,
+keys and values of what is written). So a block costs one launch, and nothing waits for the device inside it.
+
+Graphs, room and weights in bf16 are kept from one text to the next of the same writer and size, until weights change.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from jaxtyping import Int
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from dihal.backbone.cache import StaticBlockCache
 from dihal.backbone.views import prefix_view, suffix_view
 from dihal.backbone.weights import attention_window
 from dihal.errors import UsageError
+from dihal.meter import Meter
 from dihal.nn.cache import StaticDenoiserCache, StaticPlace
+from dihal.spaces.simplex import SimplexSpace
 from dihal.types import State, TokenIds
-from dihal.writing.context import Context
+from dihal.writing import graphs
+from dihal.writing.context import Context, Costs
 
 if TYPE_CHECKING:
     from dihal.backbone import Backbone
     from dihal.writer import Writer
 
-__all__ = ["StaticContext"]
+__all__ = ["Room", "StaticContext", "reach_of", "room_of"]
 
-_WARM = 2  # passes before capture: libraries make their handles and workspaces
+_LEAST_REACH = 64
 
 
-class _Captured:
-    """A function of tensors: run as it is at first, captured at the second call, replayed from then on.
+def reach_of(positions: int) -> int:
+    """How many positions of the room a pass reads that needs so many: a few sizes, at most a quarter too much.
 
-    What comes once (the text given, the last short block) is not worth a capture.
+    Every size is a graph of its own, and every position read beyond the needed ones is read for nothing.
+    """
+    step = max(_LEAST_REACH, 2 ** (positions.bit_length() - 1) // 4)
+    return step * math.ceil(positions / step)
+
+
+def _versions(writer: Writer, backbone: Backbone) -> Hashable:
+    """Changes with what graphs hold as addresses or as numbers: weights, and what is measured or computed from them."""
+    own = [*writer.parameters(), *writer.buffers()]
+    return (
+        tuple((part.data_ptr(), 0 if part.is_inference() else part._version) for part in own),
+        tuple(part.data_ptr() for part in backbone.model.parameters()),
+    )
+
+
+def _low_weights(network: nn.Module) -> dict[str, Tensor]:
+    """Names of the denoiser's weights that autocast would cast in every pass, and room for them in bf16."""
+    # The dtype of the head's weights is that of the residual stream.
+    layers = {name: m for name, m in network.named_modules() if isinstance(m, nn.Linear) and name != "head"}
+    return {
+        f"{layer}.{name}": torch.empty_like(weight, dtype=torch.bfloat16, requires_grad=False)
+        for layer, module in layers.items()
+        for name, weight in module.named_parameters(recurse=False)
+    }
+
+
+class Room:
+    """What is kept from one text to the next: keys and values, graphs, and the denoiser's weights in bf16.
+
+    Args:
+        writer, backbone: not held.
+        batch: rows.
+        length: positions.
+        branches: of the denoiser.
+        precision: of its products.
     """
 
-    def __init__(self, function: Callable[..., Tensor]) -> None:
-        self._function = function
-        self._called = False
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._inputs: list[Tensor | None] = []
-        self._output: Tensor | None = None
+    def __init__(
+        self, writer: Writer, backbone: Backbone, *, batch: int, length: int, branches: tuple[str, ...], precision: str
+    ) -> None:
+        self.place = StaticPlace(length, backbone.device)
+        self.blocks = StaticBlockCache(self.place)
+        self.caches = {name: StaticDenoiserCache(self.place) for name in branches}
+        self.last: Tensor | None = None
+        """Features of the suffix at the last known column."""
+        recorder = graphs.recorder(backbone.device)
+        self.graphs = None if recorder is None else graphs.Graphs(recorder)
+        self.costs: dict[Hashable, Costs] = {}
+        """What a function of :attr:`graphs` costs: a replay counts nothing."""
+        low = precision == "bfloat16" and not writer.denoiser.compiled
+        self.weights = _low_weights(writer.denoiser) if low else {}
+        self._made_for = (batch, branches, precision, _versions(writer, backbone))
+        self._backbone = weakref.ref(backbone)
 
-    def __call__(self, *given: Tensor | None) -> Tensor:
-        if not self._called:
-            self._called = True
-            return self._function(*given)
-        if self._graph is None:
-            self._capture(given)
-        for held, value in zip(self._inputs, given, strict=True):
-            if held is not None:
-                held.copy_(value)
-        assert self._graph is not None
-        assert self._output is not None
-        self._graph.replay()
-        return self._output.clone()  # the next replay writes over it
+    def fits(
+        self, writer: Writer, backbone: Backbone, *, batch: int, length: int, branches: tuple[str, ...], precision: str
+    ) -> bool:
+        """Whether it can be used again."""
+        wanted = (batch, branches, precision, _versions(writer, backbone))
+        return self._backbone() is backbone and length <= self.place.length and wanted == self._made_for
 
-    def _capture(self, given: tuple[Tensor | None, ...]) -> None:
-        self._inputs = [None if value is None else value.clone() for value in given]
-        device = next(value.device for value in self._inputs if value is not None)
-        side = torch.cuda.Stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):
-            for _ in range(_WARM):
-                self._function(*self._inputs)
-        torch.cuda.current_stream(device).wait_stream(side)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._output = self._function(*self._inputs)
+    def refresh(self, writer: Writer) -> None:
+        """Make the weights in bf16 those of now."""
+        if self.weights:
+            now = dict(writer.denoiser.named_parameters())
+            torch._foreach_copy_(list(self.weights.values()), [now[name].detach() for name in self.weights])
+
+
+_ROOMS: weakref.WeakKeyDictionary[Writer, Room] = weakref.WeakKeyDictionary()
+
+
+def room_of(writer: Writer) -> Room | None:
+    """What this writer has kept since its last text."""
+    return _ROOMS.get(writer)
 
 
 class StaticContext(Context):
@@ -78,49 +125,110 @@ class StaticContext(Context):
     Args:
         writer, backbone, batch, branches, reads_suffix, precision, costs: as there.
         room: columns there is room for.
-        graph: capture passes; None: on CUDA.
 
     Raises:
-        UsageError: a backbone with sliding windows; a graph without CUDA.
+        UsageError: a backbone with sliding windows.
     """
 
-    def __init__(
-        self, writer: Writer, backbone: Backbone, *, room: int, graph: bool | None = None, **options: Any
-    ) -> None:
+    casts_once = False  # autocast's own copies would be gone when a graph that reads them is replayed
+
+    def __init__(self, writer: Writer, backbone: Backbone, *, room: int, **options: Any) -> None:
         super().__init__(writer, backbone, cached=True, **options)
-        on_cuda = backbone.device.type == "cuda"
-        if graph and not on_cuda:
-            raise UsageError(f"a CUDA graph needs a CUDA device, the backbone is on {backbone.device}.")
         if any(math.isfinite(attention_window(backbone, block)) for block in range(backbone.num_blocks)):
             raise UsageError(
                 f"room of fixed size has full attention only, and {backbone.reference.id!r} has windows: "
                 "set writing.static to false."
             )
-        self._graphs = on_cuda if graph is None else graph
-        self._place = StaticPlace(room, backbone.device)
-        self._blocks = StaticBlockCache(self._place)
-        self._caches = {name: StaticDenoiserCache(self._place) for name in self.branches}
-        self._captured: dict[tuple[Any, ...], _Captured] = {}
+        size = {"batch": self.batch, "branches": self.branches, "precision": self.precision, "length": reach_of(room)}
+        # Taken out while it is used: what a text that fails leaves behind is used by no other.
+        kept = _ROOMS.pop(writer, None)
+        reusable = kept is not None and kept.fits(writer, backbone, **size)
+        self._room = kept if kept is not None and reusable else Room(writer, backbone, **size)
+        self._room.refresh(writer)
+        # Its noise comes from torch's generators, which are set from the host for every run of positions.
+        self._by_pass = isinstance(writer.space, SimplexSpace)
+        self._inside = False
+
+    def close(self) -> None:
+        """Keep the room for the next text."""
+        _ROOMS[self.writer] = self._room
+
+    def positions(self, count: int) -> Int[Tensor, "batch time"]:
+        """Positions of the columns of this pass."""
+        current = self._room.place.current
+        assert len(current) == count, "a pass is over the columns that the room was moved to"
+        return current[None].expand(self.batch, -1)
 
     def _keys(self, count: int) -> int:
-        return self._place.length  # a pass computes scores for all of the room, and masks what is not there
+        return self._room.place.reach  # a pass computes scores for all that it reads, and masks what is not there
 
-    def _run(self, name: str, function: Callable[..., Tensor], *given: Tensor | None) -> Tensor:
-        count = next(value for value in given if value is not None).shape[1]
-        self._place.span(self.length, count)
-        if not self._graphs:
+    # -- what is captured
+
+    def _move(self, count: int) -> None:
+        self._room.place.reach = reach_of(self.length + count)
+        self._room.place.span(self.length, count)
+
+    def _captured(self, key: tuple[Hashable, ...], function: graphs.Function, *given: Tensor) -> tuple[Tensor, ...]:
+        captures = self._room.graphs
+        if captures is None or self._inside:
             return function(*given)
-        key = (name, *(None if value is None else (value.shape, value.dtype) for value in given))
-        if key not in self._captured:
-            self._captured[key] = _Captured(function)
-        return self._captured[key](*given)
+        shapes = tuple((value.shape, value.dtype) for value in given)
+        whole = (*key, shapes, self.length == 0, self._room.place.reach, self.reads_suffix)
+        mine, self.costs, self._inside = self.costs, Costs(meter=Meter(self.backbone)), True
+        try:
+            found = captures(whole, function, *given)
+        finally:
+            once, self.costs, self._inside = self.costs, mine, False
+        self.costs.add(self._room.costs.setdefault(whole, once))
+        return found
+
+    def block(
+        self, function: Callable[..., tuple[Tensor, ...]], depends: tuple[Hashable, ...], *given: Tensor
+    ) -> tuple[Tensor, ...]:
+        """One graph, from the second time on."""
+        self._move(given[0].shape[1])
+        if self._by_pass:
+            return function(*given)
+        return self._captured(("block", *depends), function, *given)
+
+    def extend(self, tokens: TokenIds) -> None:
+        """Take tokens in as known columns, in every row."""
+        if tokens.shape[1] == 0:
+            return
+        self._move(tokens.shape[1])
+
+        def take_in(tokens: Tensor) -> tuple[Tensor, ...]:
+            self._take_in(tokens)
+            return ()
+
+        self._captured(("extend",), take_in, tokens)
+        if self.reads_suffix:
+            self._last = self._room.last
+        self.length += tokens.shape[1]
+
+    def _remember(self, last: State) -> None:
+        if self._room.last is None:
+            self._room.last = torch.empty_like(last)  # at the first call, before anything is captured
+        self._room.last.copy_(last)
+        self._last = self._room.last
+
+    # -- passes
+
+    def _pass(self, name: str, function: Callable[..., Tensor], *given: Tensor) -> Tensor:
+        if not self._by_pass:
+            return function(*given)
+        (out,) = self._captured((name,), lambda *values: (function(*values),), *given)
+        return out
 
     def _given(self, rows: int) -> dict[str, Any]:
-        place = self._place
+        place = self._room.place
+        seen = place.mask()
+        # Added to the scores as it is: of truth values every block would make this again.
+        mask = torch.zeros_like(seen, dtype=self.backbone.dtype).masked_fill_(~seen, -torch.inf)
         return {
-            "attention_mask": place.mask(),
+            "attention_mask": mask,
             "position_ids": place.current[None].expand(rows, -1),
-            "past_key_values": self._blocks,
+            "past_key_values": self._room.blocks,
             "use_cache": True,
         }
 
@@ -129,27 +237,35 @@ class StaticContext(Context):
             view = prefix_view(self.backbone.decoder, self.backbone.layout, self.writer.split)
             return view(input_ids=tokens, **self._given(len(tokens)))[0]
 
-        return self._run("prefix", run, tokens)
+        return self._pass("prefix", run, tokens)
 
     def _suffix(self, states: State, keep: bool) -> State:
         def run(states: Tensor) -> Tensor:
             view = suffix_view(self.backbone.decoder, self.backbone.layout, self.writer.split, states)
             return view(inputs_embeds=states, **self._given(len(states)))[0]
 
-        return self._run("suffix", run, states.to(self.backbone.dtype))
+        return self._pass("suffix", run, states.to(self.backbone.dtype))
 
-    def _denoiser(self, branch: str, keep: bool, *given: Tensor | None) -> Tensor:
-        def run(inputs: Tensor, *rest: Tensor | None) -> Tensor:
-            t, condition, drop, known, previous = rest
-            return self.writer.denoiser(
-                inputs,
-                t,
-                condition,
-                position_ids=self._place.current[None].expand(len(inputs), -1),
-                drop_condition=drop,
-                known=known,
-                self_condition=previous,
-                cache=self._caches[branch],
-            )
+    def _denoiser(
+        self,
+        branch: str,
+        keep: bool,
+        inputs: Tensor,
+        t: Tensor,
+        condition: Tensor,
+        drop: Tensor,
+        known: Tensor,
+        previous: Tensor | None,
+    ) -> Tensor:
+        def run(inputs: Tensor, t: Tensor, condition: Tensor, drop: Tensor, known: Tensor, *rest: Tensor) -> Tensor:
+            named = {
+                "position_ids": self._room.place.current[None].expand(len(inputs), -1),
+                "drop_condition": drop,
+                "known": known,
+                "self_condition": rest[0] if rest else None,
+                "cache": self._room.caches[branch],
+            }
+            return functional_call(self.writer.denoiser, self._room.weights, (inputs, t, condition), named)
 
-        return self._run(f"denoiser {branch}", run, *given)
+        given = (inputs, t, condition, drop, known)
+        return self._pass(f"denoiser {branch}", run, *given, *(() if previous is None else (previous,)))

@@ -18,6 +18,7 @@ from dihal.evaluation.result import read_result
 from dihal.hybrid import load_hybrid
 from dihal.methods import Method, build_method
 from dihal.training.logs import read_records
+from dihal.writing.static import room_of
 from tests.integration.conftest import BATCH, STEP, Dihal
 from tests.kit import tiny_model
 from tests.unit.test_methods import make_batch
@@ -137,13 +138,25 @@ def test_a_device_that_is_not_there(dihal: Dihal, tmp_path: Path, capsys: pytest
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("way", [{}, {"block": 8}, {"readout": "fused", "project": 0.5}, {"guidance": 1.5}])
-@pytest.mark.parametrize("space", ["hidden", "embedding"])
-def test_writing_by_graphs_writes_the_same(space: str, way: dict[str, object]) -> None:
-    """Captured passes are those that run one by one: the same tokens, and they are captured, not run."""
+WAYS = {
+    "whole": {},
+    "blocks": {"block": 8},
+    "projected": {"block": 8, "readout": "fused", "project": 0.5},
+    "drawn": {"block": 8, "readout": "suffix", "project": 1.0, "temperature": 1.0, "sampler": "ancestral"},
+    "guided": {"block": 8, "guidance": 1.5},
+    "committed": {"block": 8, "commit": "confidence", "sampler": "heun"},
+    "bf16": {"block": 8, "readout": "fused", "precision": "bfloat16"},
+}
+
+
+@pytest.mark.parametrize("way", sorted(WAYS))
+@pytest.mark.parametrize("space", ["hidden", "embedding", "simplex"])
+@pytest.mark.filterwarnings("error:this cannot be a CUDA graph")
+def test_writing_by_graphs_writes_the_same(space: str, way: str) -> None:
+    """Captured blocks are those that run op by op: the same tokens, and they are captured, not run."""
     backbone = load_backbone(tiny_model(), device="cuda")
     config = MethodConfig(
-        regime="generate", space=space, split=2 if space == "hidden" else 0,
+        regime="generate", space=space, split=0 if space == "embedding" else 2,
         denoiser=DenoiserConfig(width=32, depth=2, heads=4, mask="mixed", norm="rms", self_conditioning=0.5),
         objective=ObjectiveConfig(state=float(space == "hidden"), own=1.0, own_time="uniform", condition_dropout=0.1),
     )  # fmt: skip
@@ -151,15 +164,22 @@ def test_writing_by_graphs_writes_the_same(space: str, way: dict[str, object]) -
     with torch.no_grad():
         for parameter in writer.denoiser.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    batch = make_batch(3, 40).to("cuda")
-    writer.fit_normalisation(backbone, [batch])
+    writer.fit_normalisation(backbone, [make_batch(3, 40).to("cuda")])
     known = (torch.arange(40, device="cuda") < 8).expand(3, -1)
-    found = []
-    for static in (False, True):
-        writing = WritingConfig(steps=6, static=static, **way)  # type: ignore[arg-type]
-        found.append(
-            writer.write(backbone, batch.input_ids, known, writing=writing, sample_ids=torch.arange(3), end=False)
-        )
-    plain, graphs = found
-    assert (plain.tokens == graphs.tokens).float().mean() > 0.99  # other kernels sum in another order
-    assert plain.nfe == graphs.nfe
+    # Three texts: run, captured where the first had only one of a kind, replayed.
+    found: dict[bool, list[torch.Tensor]] = {False: [], True: []}
+    for static, texts in found.items():
+        writing = WritingConfig(steps=6, static=static, **WAYS[way])  # type: ignore[arg-type]
+        for number in range(3):
+            ids, samples = make_batch(3, 40, seed=number).to("cuda").input_ids, 10 * number + torch.arange(3)
+            made = writer.write(backbone, ids, known, writing=writing, sample_ids=samples, end=False)
+            texts.append(made.tokens)
+    room = room_of(writer)
+    assert room is not None
+    assert room.graphs is not None
+    assert not room.graphs.failed
+    kinds = {key[0] for key in room.graphs.captured}  # type: ignore[index]
+    assert {"extend"} | ({"suffix"} if space == "simplex" else {"block"}) <= kinds
+    # Other kernels sum in another order; in bf16 more tokens are a tie.
+    plain, graphs = torch.stack(found[False]), torch.stack(found[True])
+    assert (plain == graphs).float().mean() > (0.8 if way == "bf16" else 0.98)

@@ -9,7 +9,7 @@ import torch
 
 from dihal import score_layers
 from dihal.config import ScoreConfig
-from dihal.geometry.parallel import layer_workers
+from dihal.geometry.parallel import layer_queue, layer_workers
 from tests.kit import tiny_backbone
 from tests.unit.geometry.test_windows import documents
 
@@ -84,3 +84,37 @@ def test_number_of_workers_changes_no_number(monkeypatch) -> None:
     one, three = reports
     assert one.coordinates == three.coordinates
     assert one.layers == three.layers
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_the_queue_works_beside_its_caller_and_drops_what_has_not_begun(device: str) -> None:
+    torch.set_num_threads(1)
+    release, begun, done = threading.Event(), threading.Event(), []
+
+    def work(number: int) -> int:
+        begun.set()
+        release.wait(30)
+        done.append(number)
+        return number
+
+    def use() -> None:
+        with layer_queue(torch.device(device)) as submit:
+            futures = [submit(work, number) for number in range(3)]
+            assert begun.wait(30)
+            assert not futures[0].done()
+            futures[1].cancel()
+            release.set()
+            assert futures[0].result() == 0
+            assert futures[2].result() == 2
+            release.clear()
+            begun.clear()
+            submit(work, 3)
+            assert begun.wait(30)
+            submit(work, 4)
+            threading.Timer(0.2, release.set).start()
+            raise ValueError("the caller failed")
+
+    with pytest.raises(ValueError, match="the caller failed"):
+        use()
+    assert done == [0, 2, 3]
+    assert torch.get_num_threads() == 1

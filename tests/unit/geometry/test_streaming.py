@@ -177,3 +177,33 @@ def test_memory_does_not_grow_with_tokens(monkeypatch) -> None:
         )
         assert draw.tokens > tokens - 2
     assert held[0] == held[1]
+
+
+def test_states_added_one_block_late_are_the_same_and_layers_are_told_in_order(scored) -> None:
+    from dihal.geometry import streaming
+    from dihal.geometry.windows import plan_chunks
+
+    backbone, draw, pool, _, layers = scored
+    plan = plan_chunks(draw, CONFIG.batch_tokens)
+    again = [LayerStatistics(split, len(pool), CONFIG) for split in range(backbone.num_blocks)]
+    pilot = [(chunk, streaming._states(backbone, chunk)) for chunk in plan if chunk.pilot]
+    for layer in again:
+        layer.prepare([held[layer.split] for _, held in pilot], [chunk.first for chunk, _ in pilot])
+    told: list[int] = []
+    for number, chunk in enumerate(plan):
+        places = streaming._Places.of(chunk, pool, backbone.device)
+        last = number + 1 == len(plan)
+        streaming._stream(backbone, chunk, again, places, (lambda layer: told.append(layer.split)) if last else None)
+    assert told == list(range(backbone.num_blocks))
+    for one, two in zip(layers, again):
+        assert (one.dropped_first, one.dropped_norm, one.tokens) == (two.dropped_first, two.dropped_norm, two.tokens)
+        assert torch.equal(one.pool, two.pool)
+        for name in ("raw", "rms"):
+            torch.testing.assert_close(one.kept[name].covariance, two.kept[name].covariance)
+
+
+def test_each_layer_is_handed_over_once_when_it_is_whole(scored) -> None:
+    backbone, draw, pool, _, _ = scored
+    told: list[int] = []
+    stream_statistics(backbone, draw, pool, CONFIG, whole=lambda layer: told.append(layer.split))
+    assert told == list(range(backbone.num_blocks))

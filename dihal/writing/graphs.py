@@ -1,0 +1,138 @@
+"""Functions of tensors as CUDA graphs: run as they are the first time, captured the second, replayed from then on.
+
+Thousands of kernels started one by one from Python take several times what they compute at small batch. What a graph
+replays is what was launched while it was captured: numbers of the host are constants in it, so whatever may change
+from call to call is a tensor given to it, a tensor at a fixed address, or part of its key.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Hashable, Mapping
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+__all__ = ["CudaRecorder", "Function", "Graphs", "Recorder", "recorder"]
+
+Function = Callable[..., tuple[Tensor, ...]]
+
+_MOST = 32
+"""Captured functions that are held; the one captured first goes."""
+
+
+@runtime_checkable
+class Recorder(Protocol):
+    """What captures."""
+
+    def warm(self, function: Function, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Run a function that may be captured later, so that libraries and caches make what they keep."""
+        ...
+
+    def capture(self, function: Function, given: tuple[Tensor, ...]) -> Function:
+        """Return what replays it on other values of the same shapes.
+
+        Raises:
+            RuntimeError: it does what cannot be captured, such as waiting for the device.
+        """
+        ...
+
+
+class CudaRecorder:
+    """Captures CUDA graphs. They share memory: they run one after another, and outputs are copied out of it.
+
+    Args:
+        device: where.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._side = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def warm(self, function: Function, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """On a stream of its own, as captures want it; the current one waits for it."""
+        current = torch.cuda.current_stream(self._device)
+        self._side.wait_stream(current)
+        with torch.cuda.stream(self._side):
+            found = function(*given)
+        current.wait_stream(self._side)
+        return found
+
+    def capture(self, function: Function, given: tuple[Tensor, ...]) -> Function:
+        """Capture without running."""
+        held = [value.clone() for value in given]
+        current = torch.cuda.current_stream(self._device)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._side):
+                found = function(*held)
+        finally:
+            torch.cuda.set_stream(current)  # a capture that fails leaves its own behind
+
+        def replay(*values: Tensor) -> tuple[Tensor, ...]:
+            for own, value in zip(held, values, strict=True):
+                own.copy_(value)
+            graph.replay()
+            return tuple(output.clone() for output in found)  # the next replay writes over them
+
+        return replay
+
+
+def recorder(device: torch.device) -> Recorder | None:
+    """What captures on a device; None: nothing does, functions run as they are."""
+    return CudaRecorder(device) if device.type == "cuda" else None
+
+
+class Graphs:
+    """Functions by key.
+
+    What comes once (the last, shorter block) is not worth a capture: the first call with a key runs the function.
+    If a capture fails, a warning says so once, and everything runs as it is from then on.
+
+    Args:
+        recorder: captures.
+    """
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+        self._seen: set[Hashable] = set()
+        self._captured: dict[Hashable, Function] = {}
+        self.failed = False
+
+    def __len__(self) -> int:
+        """Functions captured."""
+        return len(self._captured)
+
+    @property
+    def captured(self) -> Mapping[Hashable, Function]:
+        """What replays the captured functions, by key."""
+        return self._captured
+
+    def __call__(self, key: Hashable, function: Function, *given: Tensor) -> tuple[Tensor, ...]:
+        """The function's outputs for these inputs.
+
+        Args:
+            key: of everything but the values of ``given`` that the outputs depend on, shapes included.
+            function: not kept once it is captured.
+            given: tensors.
+        """
+        if key not in self._captured and key in self._seen and not self.failed:
+            self._capture(key, function, given)
+        if key in self._captured:
+            return self._captured[key](*given)
+        self._seen.add(key)
+        return self._recorder.warm(function, given)
+
+    def _capture(self, key: Hashable, function: Function, given: tuple[Tensor, ...]) -> None:
+        try:
+            captured = self._recorder.capture(function, given)
+        except RuntimeError as error:
+            self.failed = True
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            warnings.warn(f"this cannot be a CUDA graph, it runs without one: {reason[0]}", stacklevel=2)
+            return
+        while len(self._captured) >= _MOST:
+            del self._captured[next(iter(self._captured))]
+        self._captured[key] = captured
