@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dihal.circuits.adapters import Adapter, KeyValue, open_model
 from dihal.circuits.capture import Capture, Record
-from dihal.circuits.contraction import Contraction, Delta, Gathered, contract
+from dihal.circuits.contraction import Contraction, Delta, Gathered, Generic, Readers, contract, fast_products
 from dihal.circuits.graph import GraphSpec
 from dihal.circuits.metrics import logit_difference, solved
 from dihal.circuits.patching import logits_residuals
@@ -48,6 +48,7 @@ class _Plan:
 
     adapter: Adapter
     spec: GraphSpec
+    readers: Readers
     points: list[tuple[float, float]]
     metric: Metric
     contraction: Contraction
@@ -127,20 +128,23 @@ def attribute(
         )
     seam = adapter.seam if seam is None else seam
     adapter.require_seam(seam)
-    plan = _Plan(
-        adapter=adapter,
-        spec=adapter.spec(kv=kv, seam=seam if path == "seam" else adapter.seam),
-        points=path_points(method, steps, rule),
-        metric=metric,
-        contraction=contraction,
-        noise_seed=noise_seed,
-        chunk_bytes=chunk_bytes,
-    )
-    tally = Tally(plan.spec, parts, adapter.device)
+    spec = adapter.spec(kv=kv, seam=seam if path == "seam" else adapter.seam)
+    points = path_points(method, steps, rule)
+    tally = Tally(spec, parts, adapter.device)
     if adapter.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(adapter.device)
     started = time.perf_counter()
     with adapter.session(), adapter.readers(kv):
+        plan = _Plan(
+            adapter=adapter,
+            spec=spec,
+            readers=Readers(adapter, spec),
+            points=points,
+            metric=metric,
+            contraction=contraction,
+            noise_seed=noise_seed,
+            chunk_bytes=chunk_bytes,
+        )
         tally.residuals |= _check(plan, pairs[0])
         for whole in pairs:
             for first in range(0, len(whole), batch_size):
@@ -155,7 +159,7 @@ def attribute(
     if adapter.device.type == "cuda":
         scores.peak_bytes = torch.cuda.max_memory_allocated(adapter.device)
     scores.method, scores.path = method, path
-    scores.steps, scores.rule = (steps, rule) if method == "eap-ig" else (len(plan.points), "")
+    scores.steps, scores.rule = (steps, rule) if method == "eap-ig" else (len(points), "")
     scores.details = {
         "model": adapter.name,
         "dtype": str(adapter.dtype).removeprefix("torch."),
@@ -195,9 +199,11 @@ def score_batch(plan: _Plan, batch: PairBatch) -> BatchScores:
     passes = {"forward": 0, "backward": 0}
     records: dict[float, Record] = {}
     metrics: dict[float, Tensor] = {}
-    gathered = Gathered(adapter, spec, plan.contraction)
     weights = dict(plan.points)
-    with Capture(adapter, spec.seam) as capture:
+    generic, readers = plan.contraction == "generic", plan.readers
+    gathered = (Generic if generic else Gathered)(readers, len(weights))
+    # The generic form is a reference: it takes nothing of a norm for granted.
+    with Capture(adapter, spec.seam, None if generic else (readers.attention, readers.wide)) as capture:
         # Ends first: their records are needed whole, those of the points between them only until they are gathered.
         for point in [0.0, 1.0, *(point for point in weights if point not in ends)]:
             with_gradient, is_end = point in weights, point in ends
@@ -210,17 +216,21 @@ def score_batch(plan: _Plan, batch: PairBatch) -> BatchScores:
                 values = plan.metric(logits.to(adapter.work_dtype), batch)
             passes["forward"] += 1
             if with_gradient:
-                gathered.add(record, record.gradients(values.sum()), weights[point])
+                gathered.add(record, capture.gradients(values.sum()), weights[point])
+                record.projected, record.normed = {}, {}
                 passes["backward"] += 1
             if is_end:
                 records[point] = record
-                record.projected, record.normed = {}, {}
                 metrics[point] = values.detach()
-                right = solved(logits.detach(), batch)  # the clean end comes last
+            if point == 1.0:
+                right = solved(logits.detach(), batch)
+                change = ends[0.0].to(adapter.work_dtype) - ends[1.0]
+                delta = Delta.between(records.pop(0.0), records.pop(1.0), change, adapter.work_dtype)
+            # Nothing of a run may live on beside the next one.
+            capture.start(writers=False, readers=False)
             del record, logits, values
-    delta = Delta.between(records[0.0], records[1.0], ends[0.0].to(adapter.work_dtype) - ends[1.0], adapter.work_dtype)
-    records.clear()
-    contracted = contract(delta, gathered, plan.chunk_bytes)
+    with fast_products(adapter.dtype):
+        contracted = contract(delta, gathered, plan.chunk_bytes)
     return BatchScores(
         scores=contracted.scores,
         clean=metrics[1.0],
@@ -235,4 +245,5 @@ def _sum_error(scores: Tensor, totals: Tensor) -> float:
     # Relative to the largest reader of all: readers that nothing reaches have sums of rounding errors only.
     scale = scores.abs().sum(1).max()
     error = (scores.sum(1) - totals).abs().max()
-    return 0.0 if float(scale) == 0.0 else float(error / scale)
+    # One number for the host to wait for; a NaN stays one.
+    return float(torch.where(scale == 0.0, 0.0, error / scale))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dihal.circuits.adapters import Adapter
+from dihal.circuits.norms import Norm
 
 __all__ = ["Capture", "Hooks", "Record"]
 
@@ -65,14 +66,44 @@ class Hooks(abc.ABC):
         self._handles.clear()
 
 
+class _Through(torch.autograd.Function):
+    """A norm's output, computed outside the graph, with its gradient in closed form.
+
+    The library composes an RMSNorm of six operations, whose backward is a dozen. Counted for a
+    Llama, norms were two fifths of the operations of a backward pass, and a GPU waits for the host to launch each.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, output: tuple[Tensor], norm: Norm, scales: list[Tensor], site: int) -> Tensor:
+        ctx.save_for_backward(x)
+        # The list and not the record: a record that holds the output would hold itself, and its memory.
+        ctx.norm, ctx.scales, ctx.site = norm, scales, site
+        return output[0]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        scale = ctx.scales[0][ctx.site]
+        pulled = ctx.norm.pull_back(gradient, x * scale, scale)
+        return pulled.to(x.dtype), None, None, None, None
+
+
 class Capture(Hooks):
     """Context manager: hooks on every block from the seam on, removed whatever happens.
 
     Set ``record`` to a new `Record` before a run; ``writers`` and ``readers`` say which half of it is kept.
+
+    Args:
+        adapter: the model.
+        seam: lowest block.
+        norms: numbers of the attentions' norms and of the others; given, gradients pass RMSNorms in closed form, while
+            forward passes stay the model's own. None: torch differentiates the model's code.
     """
 
-    def __init__(self, adapter: Adapter, seam: int) -> None:
+    def __init__(self, adapter: Adapter, seam: int, norms: tuple[Norm, Norm] | None = None) -> None:
         super().__init__()
+        self.norms = norms if adapter.layout.norm_kind == "rms" else None
+        self._scales: tuple[list[Tensor], list[Tensor]] = ([], [])
         self.adapter = adapter
         self.seam = seam
         self.record = Record()
@@ -82,20 +113,30 @@ class Capture(Hooks):
     def start(self, *, writers: bool, readers: bool) -> Record:
         """A new record for the next run."""
         self.writers, self.readers = writers, readers
-        self.record = Record()
+        self.record, self._scales = Record(), ([], [])
         return self.record
+
+    def gradients(self, objective: Tensor) -> Record:
+        """`Record.gradients` of the run that has just been made."""
+        if self.norms is not None:
+            with torch.no_grad():
+                for norm, scales, read in zip(
+                    self.norms, self._scales, (self.record.attention_inputs, self.record.inputs), strict=True
+                ):
+                    scales.append(norm.scales(list(read.values())))
+        return self.record.gradients(objective)
 
     def _attach(self) -> None:
         layout = self.adapter.layout
         for layer in range(self.seam, self.adapter.layers):
-            self._before(self.adapter.part(layer, layout.attention_norm), "attention_inputs", layer)
+            self._norm(self.adapter.part(layer, layout.attention_norm), "attention_inputs", layer)
             for name in layout.projections:
                 self._project(self.adapter.part(layer, name), layer)
             self._before(self.adapter.part(layer, layout.attention_output), "heads", layer)
             if layout.mlp is not None:
-                self._norm(self.adapter.part(layer, layout.mlp_norm), layer)
+                self._norm(self.adapter.part(layer, layout.mlp_norm), "inputs", layer)
                 self._after(self.adapter.part(layer, layout.mlp), "mlps", layer)
-        self._norm(self.adapter.norm, self.adapter.layers)
+        self._norm(self.adapter.norm, "inputs", self.adapter.layers)
 
     def _before(self, module: nn.Module, kind: str, layer: int) -> None:
         def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
@@ -111,17 +152,34 @@ class Capture(Hooks):
 
         self._handles.append(module.register_forward_hook(hook))
 
-    def _norm(self, module: nn.Module, layer: int) -> None:
-        self._before(module, "inputs", layer)
+    def _norm(self, module: nn.Module, kind: str, layer: int) -> None:
+        closed, scales = None, int(kind == "inputs")
+        site = -1 if layer == self.adapter.layers else layer - self.seam
+        # Another's hook may change what is read or written: then torch has to find the gradient.
+        if self.norms is not None and not (module._forward_hooks or module._forward_pre_hooks):
+            closed = self.norms[scales].at(site)
+        entered: list[Tensor] = []
 
-        def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-            # A view: an identity gives the stream itself, whose gradient is not that of this reader alone.
-            output = output.view_as(output)
-            if self.readers:
+        def before(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+            x = arguments[0]
+            getattr(self.record, kind)[layer] = x.detach()
+            if closed is None or not self.readers:
+                return None
+            entered.append(x)
+            return (x.detach(), *arguments[1:])
+
+        def after(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+            if entered:
+                output = _Through.apply(entered.pop(), (output,), closed, self._scales[scales], site)
+            elif kind == "inputs":
+                # A view: an identity gives the stream itself, whose gradient is not that of this reader alone.
+                output = output.view_as(output)
+            if self.readers and kind == "inputs":
                 self.record.normed[layer] = output
             return output
 
-        self._handles.append(module.register_forward_hook(hook))
+        self._handles.append(module.register_forward_pre_hook(before))
+        self._handles.append(module.register_forward_hook(after))
 
     def _project(self, module: nn.Module, layer: int) -> None:
         def hook(_: nn.Module, __: Any, output: Tensor) -> None:

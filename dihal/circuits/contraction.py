@@ -9,8 +9,8 @@ has at a private copy of the stream is
 
 q_v the projection's output without its bias (and without the share of the norm's bias). The score of edge (u, v)
 is the sum over positions of delta_u . G_v, averaged over the points of the path. Only r g_v (as wide as a head),
-g_v . q_v (a number) and xhat differ from point to point: the sum over points is taken of those, and the product
-with the writers, whose number is large, is done once per batch (factored). The generic form
+g_v . q_v (a number) and xhat differ from point to point: the sum over points is taken of those, G_v is made of the
+sums once per batch, and multiplied with the writers, whose number is large (factored). The generic form
 pulls every reader's gradient through the norm itself with ``torch.func.vjp``; it is the reference.
 
 Layouts: writers (batch, writers, time, dim), so that position and width contract in one matrix product.
@@ -18,187 +18,239 @@ Layouts: writers (batch, writers, time, dim), so that position and width contrac
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from dihal.backbone.layout import Layout
 from dihal.circuits.adapters import Adapter
 from dihal.circuits.capture import Record
 from dihal.circuits.graph import GraphSpec
+from dihal.circuits.norms import Norm
 
-__all__ = ["Contracted", "Contraction", "Delta", "Gathered", "Norm"]
+__all__ = ["Contracted", "Contraction", "Delta", "Gathered", "Readers", "contract", "fast_products"]
 
 Contraction = Literal["factored", "generic"]
 
 
-@dataclass(frozen=True)
-class Norm:
-    """A norm as numbers: gain, bias, whether it centres, and eps; ``gain`` None: no norm."""
+@contextmanager
+def fast_products(dtype: torch.dtype) -> Iterator[None]:
+    """Context in which fp32 products on a GPU are made in TF32, if the weights are in bf16 or fp16.
 
-    gain: Tensor | None
-    bias: Tensor | None
-    centred: bool
-    eps: float
-
-    @classmethod
-    def of(cls, module: nn.Module, layout: Layout, dtype: torch.dtype) -> Norm:
-        """Read a norm module."""
-        if layout.norm_kind == "none":
-            return cls(None, None, False, 0.0)
-        gain: Tensor = module.weight.detach().to(dtype)  # type: ignore[union-attr,operator]
-        bias = getattr(module, "bias", None)
-        eps = float(getattr(module, layout.norm_eps))
-        return cls(gain, None if bias is None else bias.detach().to(dtype), layout.norm_kind == "layer", eps)
-
-    def normalise(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """xhat and r (with a last axis of 1)."""
-        if self.gain is None:
-            return torch.zeros_like(x), torch.ones_like(x[..., :1])
-        if self.centred:
-            x = x - x.mean(-1, keepdim=True)
-        scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
-        return x * scale, scale
-
-    def pull(self, gradient: Tensor) -> Tensor:
-        """C (gamma gradient): the linear part of the pullback, along the last axis, without r."""
-        if self.gain is None:
-            return gradient
-        out = gradient * self.gain
-        return out - out.mean(-1, keepdim=True) if self.centred else out
+    The captured activations and gradients of such a model carry 8 or 11 significant bits; TF32 reads its factors with
+    11 and sums in fp32, so that it adds less than the runs themselves have lost, at many times the speed of fp32.
+    Models in fp32 and fp64 are contracted exactly. The setting is torch's own and global: it is put back in any case.
+    """
+    if dtype not in (torch.bfloat16, torch.float16):
+        yield
+        return
+    setting = torch.backends.cuda.matmul
+    before = setting.fp32_precision
+    setting.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        setting.fp32_precision = before
 
 
 @dataclass
 class Delta:
-    """Corrupted minus clean: what each component writes (heads before the output projection), and what each site reads."""
+    """Corrupted minus clean in the working type: what each component writes, and what each site reads."""
 
-    state: Tensor
-    heads: dict[int, Tensor]
-    mlps: dict[int, Tensor]
-    attention_inputs: dict[int, Tensor]
-    inputs: dict[int, Tensor]
+    state: Float[Tensor, "batch time dim"]
+    heads: Float[Tensor, "layers batch time inner"]
+    """Before the output projection."""
+    mlps: Float[Tensor, "layers batch time dim"] | None
+    attention_inputs: Float[Tensor, "layers batch time dim"]
+    inputs: Float[Tensor, "sites batch time dim"]
 
     @classmethod
     def between(cls, corrupted: Record, clean: Record, state: Tensor, dtype: torch.dtype) -> Delta:
-        """Differences of two records, in the working type."""
+        """Differences of two records, which are emptied: both need not be held beside them."""
 
-        def subtract(name: str) -> dict[int, Tensor]:
+        def subtract(name: str) -> Tensor | None:
             ours, theirs = getattr(corrupted, name), getattr(clean, name)
-            return {layer: ours[layer].to(dtype) - theirs[layer].to(dtype) for layer in ours}
+            if not ours:
+                return None
+            change = _stack(ours).to(dtype).sub_(_stack(theirs))
+            ours.clear()
+            theirs.clear()
+            return change
 
         names = ("heads", "mlps", "attention_inputs", "inputs")
-        return cls(state.to(dtype), *(subtract(name) for name in names))
+        return cls(state.to(dtype), *(subtract(name) for name in names))  # type: ignore[arg-type]
 
     def writers(
         self, adapter: Adapter, spec: GraphSpec, first: int, last: int
     ) -> Float[Tensor, "batch writers time dim"]:
         """What the blocks ``first`` .. ``last - 1`` write, preceded by the state if ``first`` is the seam."""
         batch, time, dim = self.state.shape
-        count = (last - first) * spec.writers_per_layer + (first == spec.seam)
-        out = self.state.new_empty(batch, count, time, dim)
-        index = 0
-        if first == spec.seam:
+        start, blocks = int(first == spec.seam), slice(first - spec.seam, last - spec.seam)
+        out = self.state.new_empty(batch, start + (last - first) * spec.writers_per_layer, time, dim)
+        if start:
             out[:, 0] = self.state
-            index = 1
-        for layer in range(first, last):
-            heads = self.heads[layer].unflatten(-1, (spec.heads, -1)).permute(2, 0, 1, 3).flatten(1, 2)
-            written = torch.bmm(heads, adapter.output_weight(layer).to(out.dtype))
-            out[:, index : index + spec.heads] = written.view(spec.heads, batch, time, dim).transpose(0, 1)
-            if spec.mlps:
-                out[:, index + spec.heads] = self.mlps[layer]
-            index += spec.writers_per_layer
+        if self.mlps is not None:
+            out[:, start + spec.heads :: spec.writers_per_layer] = self.mlps[blocks].transpose(0, 1)
+        heads = self.heads[blocks].unflatten(-1, (spec.heads, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+        for index, narrow in enumerate(heads):
+            written = torch.bmm(narrow, adapter.output_weight(first + index).to(out.dtype))
+            place = start + index * spec.writers_per_layer
+            out[:, place : place + spec.heads] = written.view(spec.heads, batch, time, dim).transpose(0, 1)
         return out
 
 
-class Gathered:
-    """Reader gradients summed over the points of a path.
+class Readers:
+    """What the model's weights say about its readers: read once, used by every batch.
 
     Args:
-        adapter: the model.
+        adapter: the model, in the scope in which it is run.
         spec: the graph.
-        contraction: factored, or generic.
     """
 
-    def __init__(self, adapter: Adapter, spec: GraphSpec, contraction: Contraction) -> None:
+    def __init__(self, adapter: Adapter, spec: GraphSpec) -> None:
         self.adapter = adapter
         self.spec = spec
-        self.generic = contraction == "generic"
         self.dtype = adapter.work_dtype
-        self.layers = range(spec.seam, spec.layers)
-        layout = adapter.layout
-        self.norms = {i: Norm.of(adapter.part(i, layout.attention_norm), layout, self.dtype) for i in self.layers}
-        self.offsets = {layer: self._offset(layer) for layer in self.layers}
-        # Filled by `add`: per layer, gradients in head space; per point, xhat and g . q; per MLP and logits, G itself.
-        self.heads: dict[int, Tensor] = {}
-        self.hats: dict[int, list[Tensor]] = {layer: [] for layer in self.layers}
-        self.shrink: dict[int, list[Tensor]] = {layer: [] for layer in self.layers}
-        self.wide: dict[int, Tensor] = {}
-        self.points = 0
+        layers, layout = range(spec.seam, spec.layers), adapter.layout
+        self.attention_norms = [adapter.part(layer, layout.attention_norm) for layer in layers]
+        self.norms = [adapter.part(layer, layout.mlp_norm) for layer in layers if spec.mlps] + [adapter.norm]
+        self.attention = Norm.of(self.attention_norms, layout, self.dtype)
+        self.wide = Norm.of(self.norms, layout, self.dtype)
+        self.offsets = self._offsets(layers)
+        self.mask: Bool[Tensor, "writers readers"] = torch.from_numpy(spec.edge_mask).to(adapter.device)
 
-    def _weight(self, layer: int) -> Float[Tensor, "readers head_dim dim"]:
+    def weight(self, layer: int) -> Float[Tensor, "readers head_dim dim"]:
         """Per reader of an attention, its rows of the projections."""
         weight = self.adapter.projections(layer, self.spec.kv).weight
         return weight.to(self.dtype).unflatten(0, (-1, self.adapter.head_dim))
 
-    def _offset(self, layer: int) -> Float[Tensor, "readers head_dim"]:
-        """What the projections give for xhat = 0: their bias, plus their matrix times the norm's bias."""
-        weight, bias = self.adapter.projections(layer, self.spec.kv)
-        offset = weight.new_zeros(len(weight), dtype=self.dtype) if bias is None else bias.to(self.dtype)
-        if self.norms[layer].bias is not None:
-            offset = offset + weight.to(self.dtype) @ self.norms[layer].bias
-        return offset.unflatten(0, (-1, self.adapter.head_dim))
+    def pulled(self, layer: int) -> Float[Tensor, "readers head_dim dim"]:
+        """The same with the linear part of the norm's pullback."""
+        return self.attention.at(layer - self.spec.seam).pull(self.weight(layer))
 
-    def _norm_at(self, layer: int) -> nn.Module:
-        name = self.adapter.layout.mlp_norm
-        return self.adapter.norm if layer == self.spec.layers else self.adapter.part(layer, name)
+    def _offsets(self, layers: Sequence[int]) -> Float[Tensor, "layers 1 1 channels"] | None:
+        # What the projections give for xhat = 0: their bias, plus their matrix times the norm's bias.
+        found = []
+        for site, layer in enumerate(layers):
+            weight, bias = self.adapter.projections(layer, self.spec.kv)
+            shift = self.attention.at(site).bias
+            if bias is None and shift is None:
+                return None
+            offset = weight.new_zeros(len(weight), dtype=self.dtype) if bias is None else bias.to(self.dtype)
+            found.append(offset if shift is None else offset + weight.to(self.dtype) @ shift)
+        return torch.stack(found)[:, None, None]
+
+
+class Gathered:
+    """Reader gradients summed over the points of a path, in the factored form.
+
+    Layers are stacked before anything is computed: many small tensors cost a GPU more to start on than to compute.
+
+    Args:
+        readers: of the graph.
+        points: number of points to come.
+    """
+
+    def __init__(self, readers: Readers, points: int) -> None:
+        self.readers = readers
+        self.points = points
+        self.done = 0
+        self.heads: Tensor | None = None
+        """Sum of weight r g, (layers, batch, time, readers * head_dim)."""
+        self.hats: Tensor | None = None
+        """xhat of every point in the model's type, (layers, batch, time, points, dim)."""
+        self.shrink: Tensor | None = None
+        """weight (r / d) (g . q) of every point, (layers, batch, time, readers, points)."""
+        self.wide: Tensor | None = None
+        """Gradients of MLPs and logits themselves, (sites, batch, time, dim)."""
 
     def add(self, record: Record, gradients: Record, weight: float) -> None:
-        """Add one point of the path."""
-        for layer in self.layers:
-            self._add_attention(layer, record, gradients, weight)
-        for layer, gradient in gradients.normed.items():
-            pulled = self._pull(self._norm_at(layer), record.inputs[layer], gradient.to(self.dtype)) * weight
-            self.wide[layer] = pulled if layer not in self.wide else self.wide[layer].add_(pulled)
-        self.points += 1
+        """Add one point of the path; both records are emptied."""
+        self._add_wide(record, gradients, weight)
+        self._add_attention(record, gradients, weight)
+        self.done += 1
 
-    def _pull(self, module: nn.Module, x: Tensor, gradient: Tensor) -> Tensor:
-        """Gradient at a norm's input from the one at its output."""
-        if self.generic:
-            return _vjp(module, x, gradient)
-        norm = Norm.of(module, self.adapter.layout, self.dtype)
-        hat, scale = norm.normalise(x.to(self.dtype))
-        inner = norm.pull(gradient)
-        return scale * (inner - hat * (inner * hat).mean(-1, keepdim=True))
+    def _add_wide(self, record: Record, gradients: Record, weight: float) -> None:
+        norm, dtype = self.readers.wide, self.readers.dtype
+        hat, scale = norm.normalise(_stack(record.inputs).to(dtype))
+        pulled = norm.pull_back(_stack(gradients.normed).to(dtype), hat, scale * weight)
+        gradients.normed.clear()
+        self.wide = pulled if self.wide is None else self.wide.add_(pulled)
 
-    def _add_attention(self, layer: int, record: Record, gradients: Record, weight: float) -> None:
-        size = self.adapter.head_dim
-        gradient = torch.cat(gradients.projected[layer], -1).to(self.dtype).unflatten(-1, (-1, size)) * weight
-        x = record.attention_inputs[layer]
-        if self.generic:
-            back = torch.einsum("btvh,vhd->vbtd", gradient, self._weight(layer))
-            pulled = _vjp(self.adapter.part(layer, self.adapter.layout.attention_norm), x, back)
-            self.heads[layer] = pulled if layer not in self.heads else self.heads[layer].add_(pulled)
-            return
-        hat, scale = self.norms[layer].normalise(x.to(self.dtype))
-        output = torch.cat(record.projected[layer], -1).detach().to(self.dtype).unflatten(-1, (-1, size))
-        scaled = gradient * scale[..., None]
-        self.heads[layer] = scaled if layer not in self.heads else self.heads[layer].add_(scaled)
-        if self.norms[layer].gain is not None:
-            self.hats[layer].append(hat.to(self.adapter.dtype))
-            self.shrink[layer].append(((output - self.offsets[layer]) * scaled).sum(-1) / x.shape[-1])
+    def _add_attention(self, record: Record, gradients: Record, weight: float) -> None:
+        readers, size = self.readers, self.readers.adapter.head_dim
+        hat, scale = readers.attention.normalise(_stack(record.attention_inputs).to(readers.dtype))
+        scaled = _join(gradients.projected).to(readers.dtype).mul_(scale * weight)
+        gradients.projected.clear()
+        if readers.attention.gain is not None:
+            output = _join(record.projected)
+            record.projected.clear()
+            output = output if readers.offsets is None else output.to(readers.dtype) - readers.offsets
+            along = (scaled * output).unflatten(-1, (-1, size)).sum(-1).div_(hat.shape[-1])
+            del output
+            if self.hats is None or self.shrink is None:
+                shape = hat.shape[:3]
+                self.hats = hat.new_empty(*shape, self.points, hat.shape[-1], dtype=readers.adapter.dtype)
+                self.shrink = hat.new_empty(*along.shape, self.points)
+            self.hats[..., self.done, :] = hat
+            self.shrink[..., self.done] = along
+        self.heads = scaled if self.heads is None else self.heads.add_(scaled)
 
     def attention(self, layer: int) -> Float[Tensor, "batch readers time dim"]:
-        """Reader gradients of an attention; factored: the part that is linear in the gradient only."""
-        if self.generic:
-            return self.heads[layer].transpose(0, 1)
-        batch, time, readers, size = self.heads[layer].shape
-        narrow = self.heads[layer].permute(2, 0, 1, 3).reshape(readers, batch * time, size)
-        wide = torch.bmm(narrow, self.norms[layer].pull(self._weight(layer)))
-        return wide.view(readers, batch, time, -1).transpose(0, 1).contiguous()
+        """Reader gradients of an attention."""
+        assert self.heads is not None
+        site, adapter = layer - self.readers.spec.seam, self.readers.adapter
+        narrow = self.heads[site].unflatten(-1, (-1, adapter.head_dim))
+        batch, time, count, _ = narrow.shape
+        wide = torch.bmm(narrow.permute(2, 0, 1, 3).flatten(1, 2), self.readers.pulled(layer))
+        wide = wide.view(count, batch, time, -1).transpose(0, 1)
+        if self.hats is None or self.shrink is None:
+            return wide.contiguous()
+        hats = self.hats[site].flatten(0, 1).to(wide.dtype)
+        along = torch.bmm(self.shrink[site].flatten(0, 1), hats).view(batch, time, count, -1)
+        out = wide.new_empty(wide.shape)
+        return torch.sub(wide, along.transpose(1, 2), out=out)
+
+
+class Generic(Gathered):
+    """The same with every reader's gradient pulled through the norm itself; memory grows with readers. The reference."""
+
+    def __init__(self, readers: Readers, points: int) -> None:
+        super().__init__(readers, points)
+        self.full: dict[int, Tensor] = {}
+
+    def _add_wide(self, record: Record, gradients: Record, weight: float) -> None:
+        places = zip(self.readers.norms, record.inputs.values(), gradients.normed.values(), strict=True)
+        pulled = weight * torch.stack([_vjp(module, x, g.to(self.readers.dtype)) for module, x, g in places])
+        self.wide = pulled if self.wide is None else self.wide + pulled
+
+    def _add_attention(self, record: Record, gradients: Record, weight: float) -> None:
+        readers, size = self.readers, self.readers.adapter.head_dim
+        for module, (layer, x) in zip(readers.attention_norms, record.attention_inputs.items(), strict=True):
+            gradient = torch.cat(gradients.projected[layer], -1).to(readers.dtype).unflatten(-1, (-1, size)) * weight
+            pulled = _vjp(module, x, torch.einsum("btvh,vhd->vbtd", gradient, readers.weight(layer)))
+            self.full[layer] = pulled if layer not in self.full else self.full[layer] + pulled
+
+    def attention(self, layer: int) -> Float[Tensor, "batch readers time dim"]:
+        """Reader gradients of an attention."""
+        return self.full[layer].transpose(0, 1)
+
+
+@torch.no_grad()
+def _stack(by_layer: dict[int, Tensor]) -> Tensor:
+    # Blocks run, and so are recorded, in their order.
+    return torch.stack(list(by_layer.values()))
+
+
+@torch.no_grad()
+def _join(projected: dict[int, tuple[Tensor, ...]]) -> Tensor:
+    """(layers, batch, time, channels): queries, keys and values side by side."""
+    slots = [torch.stack(slot) for slot in zip(*projected.values(), strict=True)]
+    return slots[0] if len(slots) == 1 else torch.cat(slots, -1)
 
 
 def _vjp(module: nn.Module, x: Tensor, gradient: Tensor) -> Tensor:
@@ -223,24 +275,18 @@ def contract(delta: Delta, gathered: Gathered, chunk_bytes: int) -> Contracted:
         gathered: what is read.
         chunk_bytes: size up to which writers are held at once (one block's at least).
     """
-    spec = gathered.spec
-    batch = delta.state.shape[0]
-    scores = delta.state.new_zeros(batch, spec.n_writers, spec.n_readers)
-    hats = {layer: torch.stack(points, 2) for layer, points in gathered.hats.items() if points}
-    shrink = {layer: torch.stack(points, 2) for layer, points in gathered.shrink.items() if points}
-    wide = torch.stack([gathered.wide[layer] for layer in sorted(gathered.wide)], 1)
-    totals = scores.new_zeros(batch, spec.n_readers)
-    columns = [spec.reader_at(layer + 1) - 1 for layer in sorted(gathered.wide) if layer < spec.layers]
-    columns.append(spec.n_readers - 1)
-    changes = torch.stack([delta.inputs[layer] for layer in sorted(gathered.wide)], 1)
-    totals[:, columns] = (changes * wide).sum((2, 3))
-    del changes
+    readers, spec = gathered.readers, gathered.readers.spec
+    assert gathered.wide is not None
+    scores = delta.state.new_zeros(len(delta.state), spec.n_writers, spec.n_readers)
+    totals = scores.new_empty(len(scores), spec.n_readers)
+    wide = gathered.wide.transpose(0, 1).flatten(2)
+    gathered.wide = None
+    _place(totals, (delta.inputs.transpose(0, 1).flatten(2) * wide).sum(-1), spec)
     for first, last in _chunks(spec, delta, chunk_bytes):
-        writers = delta.writers(gathered.adapter, spec, first, last)
+        writers = delta.writers(readers.adapter, spec, first, last).flatten(2)
         start = 0 if first == spec.seam else spec.writer_at(first)
         rows = scores[:, start : start + writers.shape[1]]
-        rows[:, :, columns] = torch.bmm(writers.flatten(2), wide.flatten(2).mT)
-        along = _along(writers, {layer: hats[layer] for layer in hats if layer >= first})
+        _place(rows, torch.bmm(writers, wide.mT), spec)
         for layer in range(first, spec.layers):
             # Writers of this chunk that the block sees: all of earlier blocks.
             seen = min(spec.writer_at(layer) - start, writers.shape[1])
@@ -249,14 +295,19 @@ def contract(delta: Delta, gathered: Gathered, chunk_bytes: int) -> Contracted:
                 continue
             place = slice(spec.reader_at(layer), spec.reader_at(layer) + spec.heads + 2 * spec.kv_readers)
             read = gathered.attention(layer).flatten(2)
-            rows[:, :seen, place] = torch.bmm(writers[:, :seen].flatten(2), read.mT)
-            if layer in along:
-                rows[:, :seen, place] -= torch.bmm(along[layer][:, :seen], shrink[layer].flatten(1, 2))
+            rows[:, :seen, place] = torch.bmm(writers[:, :seen], read.mT)
             if whole:
                 # The first chunk comes by every layer: the same reader gradient serves the check.
-                totals[:, place] = _total(delta.attention_inputs[layer], read, hats.get(layer), shrink.get(layer))
-    scores *= torch.from_numpy(spec.edge_mask).to(scores)
-    return Contracted(scores, totals)
+                change = delta.attention_inputs[layer - spec.seam].flatten(1)[..., None]
+                totals[:, place] = torch.bmm(read, change)[..., 0]
+    return Contracted(scores.mul_(readers.mask), totals)
+
+
+def _place(table: Tensor, values: Tensor, spec: GraphSpec) -> None:
+    """Columns of the MLPs and the logits."""
+    if spec.mlps:
+        table[..., spec.readers_per_layer - 1 : -1 : spec.readers_per_layer] = values[..., :-1]
+    table[..., -1] = values[..., -1]
 
 
 def _chunks(spec: GraphSpec, delta: Delta, chunk_bytes: int) -> Iterator[tuple[int, int]]:
@@ -264,26 +315,3 @@ def _chunks(spec: GraphSpec, delta: Delta, chunk_bytes: int) -> Iterator[tuple[i
     count = max(1, chunk_bytes // per_layer)
     for first in range(spec.seam, spec.layers, count):
         yield first, min(first + count, spec.layers)
-
-
-def _along(writers: Tensor, hats: dict[int, Tensor]) -> dict[int, Tensor]:
-    """delta_u . xhat at every point of the path, per layer (batch, writers, time * points): one product per position."""
-    if not hats:
-        return {}
-    points = next(iter(hats.values())).shape[2]
-    batch, count, time, _ = writers.shape
-    out = writers.new_empty(len(hats), batch, count, time, points)
-    for position in range(time):
-        read = torch.cat([hat[:, position] for hat in hats.values()], 1).to(writers.dtype)
-        product = torch.bmm(writers[:, :, position], read.mT)
-        out[:, :, :, position] = product.unflatten(-1, (len(hats), points)).permute(2, 0, 1, 3)
-    return {layer: out[index].flatten(2) for index, layer in enumerate(hats)}
-
-
-def _total(change: Tensor, read: Tensor, hats: Tensor | None, shrink: Tensor | None) -> Float[Tensor, "batch readers"]:
-    """Score of everything that an attention reads, from the change of its input."""
-    total = torch.bmm(read, change.flatten(1)[..., None])[..., 0]
-    if hats is None or shrink is None:
-        return total
-    along = torch.einsum("btd,btkd->btk", change, hats.to(change.dtype))
-    return total - torch.einsum("btk,btkv->bv", along, shrink)

@@ -54,9 +54,9 @@ class Tally:
         self.squares += found.scores.square().sum(0, dtype=torch.float64)
         for index in part.tolist():
             self.counts[index] += 1
-        self.metrics["clean"] += float(found.clean.double().sum())
-        self.metrics["corrupted"] += float(found.corrupted.double().sum())
-        self.metrics["accuracy"] += float(found.solved.double().sum())
+        sums = torch.stack([value.sum(dtype=torch.float64) for value in (found.clean, found.corrupted, found.solved)])
+        for name, value in zip(self.metrics, sums.tolist(), strict=True):
+            self.metrics[name] += value
         for name, count in found.passes.items():
             self.passes[name] = self.passes.get(name, 0) + count
         self.residuals["reader_sums"] = max(self.residuals.get("reader_sums", 0.0), found.sums)
