@@ -97,6 +97,8 @@ def _streams(device: torch.device) -> Iterator[Callable[..., Future[Any]]]:
         begun = torch.cuda.current_stream(device).record_event()
         return pool.submit(call, begun, function, *arguments)
 
+    # torch loads its solvers at the first use, and two threads that do so at once fail.
+    torch.linalg.cholesky_ex(torch.eye(2, device=device))
     pool = ThreadPoolExecutor(STREAMS, "dihal-streams")
     try:
         with cusolver(device):

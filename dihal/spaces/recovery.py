@@ -23,7 +23,7 @@ __all__ = ["Kernel", "SuffixLoss", "divergence", "plain_rows", "suffix_loss"]
 Head = Callable[[Tensor], Tensor]
 Kernel = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
-_PLAIN = 1 << 23
+_PLAIN = 1 << 22
 """Logits of one call of the uncompiled kernel: its temporaries are half a dozen tensors of that size in fp32."""
 
 
