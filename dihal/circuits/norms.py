@@ -50,7 +50,9 @@ class Norm:
 
         eps = {float(getattr(module, layout.norm_eps)) for module in modules}
         if len(eps) > 1:
-            raise UsageError(f"the norms of this model have different eps ({sorted(eps)}); attribution takes one for all.")
+            raise UsageError(
+                f"the norms of this model have different eps ({sorted(eps)}); attribution takes one for all."
+            )
         return cls(stacked("weight"), stacked("bias"), layout.norm_kind == "layer", eps.pop())
 
     def at(self, site: int) -> Norm:
