@@ -131,7 +131,7 @@ class Reader:
         blind = blind.flatten()
         banned = torch.zeros(vocab, dtype=torch.bool, device=device)
         if self.banned is not None:
-            banned[self.banned] = True
+            banned[self.banned].fill_(True)  # assigned, a number of the host is copied: no graph could hold that
         draw = _drawer(device.type)
         # Numbers that change from step to step are tensors: a compiled draw would be compiled again for each.
         scale = torch.full((), 1 / temperature if temperature > 0 else 1.0, dtype=torch.float64, device=device)

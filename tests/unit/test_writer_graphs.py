@@ -36,6 +36,9 @@ class _Tape(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function is torch.ops.aten._local_scalar_dense.default and args[0].dtype not in self.host:
             raise RuntimeError("operation not permitted when stream is capturing: a number is asked of the device")
+        if function is torch.ops.aten.copy_.default and args[0].dim() == args[1].dim() == 0:
+            # `tensor[3] = True`: on a GPU the number is copied from the host's pageable memory, and waited for.
+            raise RuntimeError("operation not permitted when stream is capturing: a number of the host is copied")
         out = function(*args, **(kwargs or {}))
         aliases = [value.alias_info for value in function._schema.returns]
         if not any(alias is not None and not alias.is_write for alias in aliases):
