@@ -21,7 +21,12 @@ def definitions(config: ScoreConfig) -> dict[str, str]:
             f"the local variance is floored at {FLOOR:g} mu, so copies of one state give a finite value that still moves with scale"
         ),
         "stiffness": f"s = {STIFFNESSES[config.stiffness][1]}; rho = {config.rho:g}",
-        "rank": f"r = {RANKS[config.rank][1]}; of {WIDE:,} channels and more without intervals to within 1e-3 nats, from log-determinants",
+        "rank": f"r = {RANKS[config.rank][1]}"
+        + (
+            ""
+            if config.rank == "participation"
+            else f"; from {WIDE:,} channels on, where no intervals are asked for, to within 1.2e-3 nats from log-determinants"
+        ),
         "score": "z(kappa) + z(s) - z(r); z over the candidate splits 1 .. L-1, divisor n; split 0 is shown on the same scale and never selected",
         "sinks": (
             f"dropped: {'position 0 of each window and ' if config.drop_first else ''}tokens with norm above "
