@@ -101,6 +101,6 @@ class WritingConfig:
     precision: Literal["float32", "bfloat16"] = "float32"
     """Products of the denoiser; states, solver and tokens stay in fp32 and fp64."""
     static: bool = False
-    """Keys and values in room of fixed size; on a GPU every pass is then a CUDA graph, which is faster at small batch. Not for backbones with sliding windows."""
+    """Keys and values in room of fixed size; on a GPU a block, with all its steps, is then a CUDA graph (`simplex`: every pass). Not for backbones with sliding windows."""
     seed: int = 0
     """Seed of noise and tokens."""

@@ -213,7 +213,7 @@ def _fetched(numbers: dict[str, Tensor]) -> dict[str, float]:
 
 
 def _median(values: Tensor) -> Tensor:
-    """The mean of the two middle ones where their number is even."""
+    """The mean of the two middle ones where their number is even: `weighted_median` of equal weights, without cumulative sums."""
     ascending, last = values.sort().values, len(values) - 1
     return (ascending[last // 2] + ascending[(last + 1) // 2]) / 2
 

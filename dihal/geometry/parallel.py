@@ -42,16 +42,23 @@ def layer_workers(device: torch.device) -> Iterator[LayerMap]:
     if device.type != "cpu":
         yield map
         return
-    threads = torch.get_num_threads()
-    # torch keeps the number per thread: this leaves the caller's own alone.
-    pool = ThreadPoolExecutor(threads, "dihal-layers", initializer=torch.set_num_threads, initargs=(1,))
-    try:
+    with _threads(torch.get_num_threads()) as pool:
         yield pool.map
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[ThreadPoolExecutor]:
+    """Workers of one torch thread each."""
+    # torch keeps the number per thread: this leaves the caller's own alone.
+    pool = ThreadPoolExecutor(count, "dihal-layers", initializer=torch.set_num_threads, initargs=(1,))
+    before = torch.get_num_threads()
+    try:
+        yield pool
     finally:
         # After a failure, work that nobody will read is not begun.
         pool.shutdown(cancel_futures=True)
         # What threads started from now on inherit is process-wide, and the workers changed it.
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
 
 
 @contextlib.contextmanager
@@ -65,14 +72,8 @@ def layer_queue(device: torch.device) -> Iterator[Callable[..., Future[Any]]]:
         with _streams(device) as submit:
             yield submit
         return
-    threads = torch.get_num_threads() if device.type == "cpu" else 1
-    pool = ThreadPoolExecutor(threads, "dihal-layers", initializer=torch.set_num_threads, initargs=(1,))
-    try:
+    with _threads(torch.get_num_threads() if device.type == "cpu" else 1) as pool:
         yield pool.submit
-    finally:
-        pool.shutdown(cancel_futures=True)
-        if device.type == "cpu":
-            torch.set_num_threads(threads)
 
 
 @contextlib.contextmanager
