@@ -40,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--eager", action="store_true", help="compile nothing")
     made.add_argument("--intervals", action="store_true", help="scoring: also with bootstrap intervals")
     made.add_argument("--gpus", type=int, default=2, help="scaling: processes to compare with one")
+    made.add_argument("--scaling", default="training,scoring,losses", help="scaling: which of these")
     made.add_argument("--limit", type=float, default=1.0, help="factor on every section's time limit")
     made.add_argument("--out", default="results/benchmark_eight_billion.json")
     return made

@@ -53,7 +53,11 @@ def run(bench: Bench, options: Any) -> None:
         many = torch.cuda.device_count()
     counts = [n for n in (1, 2, 4, 8) if n <= many]
     with tempfile.TemporaryDirectory() as temporary:
-        for work in ("training", "scoring"):
+        for work in options.scaling.split(","):
+            if work == "losses":
+                with bench.part("equal losses"):
+                    equal_losses(bench, counts, Path(temporary))
+                continue
             found: dict[int, float] = {}
             for processes in counts:
                 with bench.part(f"{work} on {processes}"):
@@ -61,15 +65,16 @@ def run(bench: Bench, options: Any) -> None:
                     script = [__file__, "--work", work, "--out", out, "--shape", options.shape]
                     script += ["--tiny"] * bench.tiny + ["--eager"] * (not bench.compile)
                     launch(script, processes, 150, device=bench.device.type)
-                    found[processes] = json.loads(Path(out).read_text())["seconds"]
-                    bench.row(f"{work}, {processes} processes, the same work for each", found[processes], "s")
+                    measured = json.loads(Path(out).read_text())
+                    found[processes] = measured.pop("seconds")
+                    bench.row(
+                        f"{work}, {processes} processes, the same work for each", found[processes], "s", **measured
+                    )
             for processes in counts[1:]:
                 if 1 in found and processes in found:
                     gain = processes * found[1] / found[processes]
                     bar = {2: 1.92, 4: 3.8}.get(processes, 0.95 * processes)
                     bench.row(f"{work}: weak scaling on {processes}", gain, "x", bar=f">= {bar}", ok=gain >= bar)
-        with bench.part("equal losses"):
-            equal_losses(bench, counts, Path(temporary))
 
 
 def equal_losses(bench: Bench, counts: list[int], folder: Path) -> None:
@@ -164,29 +169,36 @@ def worker(options: Any) -> None:
         device=device, sizes=sizes(options.tiny, options.shape), compile=not options.eager and cuda,
         out=Path(options.out).with_suffix(f".{rank}.rows.json"), tiny=options.tiny,
     )  # fmt: skip
-    seconds = {"training": training, "scoring": scoring}[options.work](bench)
+    found = {"training": training, "scoring": scoring}[options.work](bench)
     if torch.distributed.get_rank() == 0:
-        Path(options.out).write_text(json.dumps({"seconds": seconds}))
+        Path(options.out).write_text(json.dumps(found))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
-def training(bench: Bench) -> float:
+def training(bench: Bench) -> dict[str, Any]:
+    """Seconds of a step of the slowest process; beside them, of each process alone and nothing exchanged.
+
+    That the GPUs of a machine differ, and how much, is no matter of exchanging gradients.
+    """
     from torch.nn.parallel import DistributedDataParallel
 
     size = bench.sizes
     backbone = bench.backbone(blocks=size.splits[0])
     step = Step(bench, backbone, size.splits[0], size.small)
-    ids = {"device_ids": [bench.device.index]} if bench.device.type == "cuda" else {}
-    ddp = DistributedDataParallel(Loss(step), broadcast_buffers=False, gradient_as_bucket_view=True, **ids)
+    loss, ids = Loss(step), {"device_ids": [bench.device.index]} if bench.device.type == "cuda" else {}
     first = torch.distributed.get_rank() * size.batch
     batch = make_batch(backbone.vocab_size, size.batch, size.length, bench.device, first=first)
     for _ in range(4):
+        train_step(bench, step, loss, batch)
+    alone = timed(bench, lambda: train_step(bench, step, loss, batch), 8)
+    ddp = DistributedDataParallel(loss, broadcast_buffers=False, gradient_as_bucket_view=True, **ids)
+    for _ in range(4):
         train_step(bench, step, ddp, batch)
-    return timed(bench, lambda: train_step(bench, step, ddp, batch), 8)
+    return {"seconds": timed(bench, lambda: train_step(bench, step, ddp, batch), 12), "without_exchange": alone}
 
 
-def scoring(bench: Bench) -> float:
+def scoring(bench: Bench) -> dict[str, Any]:
     """As many tokens for each process; the scorer itself divides them and merges the moments."""
     from eight_scoring import documents
 
@@ -208,7 +220,7 @@ def scoring(bench: Bench) -> float:
     )  # fmt: skip
     ranks = Ranks(rank=torch.distributed.get_rank(), size=world)
     score_layers(backbone, texts, config, ranks=ranks)
-    return timed(bench, lambda: score_layers(backbone, texts, config, ranks=ranks), 2)
+    return {"seconds": timed(bench, lambda: score_layers(backbone, texts, config, ranks=ranks), 2)}
 
 
 if __name__ == "__main__":

@@ -60,6 +60,7 @@ class RunCallback(L.Callback):
         self._quantities = quantities
         self._marked = (0, 0.0)
         self._saved = -1
+        self._reserved = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: BridgeModule) -> None:
         """Take over signals, share the normalisation, start the clock."""
@@ -82,6 +83,7 @@ class RunCallback(L.Callback):
         if step is None:
             return
         spent, config = pl_module.spent, pl_module.config
+        self._reserve(trainer, pl_module)
         self._settle(pl_module)
         if step.save_failed:
             self._end_unsaved(trainer)
@@ -187,6 +189,12 @@ class RunCallback(L.Callback):
             "optim.warmup or set optim.clip, then train again, or go on with resume=true: after these samples, or from "
             "an earlier checkpoint if you remove this one."
         )
+
+    def _reserve(self, trainer: L.Trainer, module: BridgeModule) -> None:
+        """After the first step, when all that is saved exists, get the memory its copies need."""
+        if not self._reserved and trainer.is_global_zero and not module.sharded:
+            self._saver.reserve(self._tensors(module))
+        self._reserved = True
 
     def _settle(self, module: BridgeModule) -> None:
         """Let the step after a save wait for it; learn of a save that failed."""

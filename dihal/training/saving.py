@@ -1,11 +1,11 @@
 """Checkpoints written beside training: a copy is taken between two steps, a thread does the rest.
 
 Lost work. A run that is killed goes on from the newest checkpoint that was complete. The step after
-a copy was taken runs beside the writing, and then waits for it: a quarter of a second, or half as
-long as that step took. A checkpoint that is complete by then never costs more than
-``trainer.save_every`` steps. One that takes longer is not waited for, because a save shall not stall
-training by more than a step; the steps made while it is written may be lost as well. The next copy
-waits for it, so that twice ``trainer.save_every`` steps are never exceeded.
+a copy was taken runs beside the writing, and then waits for it: half as long as that step took, or, where
+the checkpoint is small enough to be on any disk by then, a quarter of a second. A checkpoint that is complete
+then never costs more than ``trainer.save_every`` steps. One that takes longer is not waited for, because a
+save shall not stall training by more than a step; the steps made while it is written may be lost as well.
+The next copy waits for it, so that twice ``trainer.save_every`` steps are never exceeded.
 """
 
 from __future__ import annotations
@@ -22,12 +22,19 @@ from torch import Tensor
 from dihal.checkpoint import prune, save_checkpoint
 from dihal.errors import UsageError
 
-__all__ = ["Saver"]
+__all__ = ["Saver", "patience"]
 
+_SMALL = 16 << 20
+"""Bytes of a checkpoint that is written, hashed and synced within ``_PATIENCE``."""
 _PATIENCE = 0.25
-"""Seconds that a step waits for the checkpoint of the step before it, or more where it took long itself."""
+"""Seconds that a step waits for the small checkpoint of the step before it."""
 
 Groups = Mapping[str, Mapping[str, Tensor]]
+
+
+def patience(size: int, took: float) -> float:
+    """Seconds that a step of ``took`` seconds waits for a checkpoint of ``size`` bytes which the one before it began."""
+    return max(_PATIENCE if size <= _SMALL else 0.0, took / 2)
 
 
 class Saver:
@@ -49,7 +56,30 @@ class Saver:
         self._keep = keep
         self._thread: threading.Thread | None = None
         self._begun = 0.0
+        self._bytes = 0
+        self._reserving: threading.Thread | None = None
         self._pinned: dict[tuple[str, str], Tensor] = {}
+
+    def reserve(self, tensors: Groups) -> None:
+        """Get the page-locked memory of later copies, beside training: getting it takes longer than a copy.
+
+        Args:
+            tensors: what :meth:`start` will be given. Those that are not on a GPU need nothing.
+        """
+        wanted = [
+            (group, name, tensor)
+            for group, entries in tensors.items()
+            for name, tensor in {_view(tensor): (name, tensor) for name, tensor in reversed(entries.items())}.values()
+            if tensor.is_cuda
+        ]
+
+        def get() -> None:
+            for group, name, tensor in wanted:
+                self._host(group, name, tensor)
+
+        if wanted:
+            self._reserving = threading.Thread(target=get, name="dihal-pinned", daemon=True)
+            self._reserving.start()
 
     def start(self, tensors: Groups, state: dict[str, Any], config: dict[str, Any], *, prunes: bool = True) -> None:
         """Copy tensors to the host and begin to write them. The one before is finished first.
@@ -63,8 +93,11 @@ class Saver:
         self.finish()
         if self.problem is not None:
             return
+        if self._reserving is not None:
+            self._reserving.join()
         self.step = int(state["step"])
         copies = self._copy(tensors)
+        self._bytes = sum(t.numel() * t.element_size() for entries in copies.values() for t in entries.values())
         # No daemon: where training fails meanwhile, the process still ends with a whole checkpoint.
         self._thread = threading.Thread(
             target=self._write, args=(copies, state, config, prunes), name="dihal-checkpoint", daemon=False
@@ -81,7 +114,7 @@ class Saver:
 
     def settle(self) -> None:
         """Wait a little for what was begun one step ago."""
-        self.wait(max(_PATIENCE, (time.perf_counter() - self._begun) / 2))
+        self.wait(patience(self._bytes, time.perf_counter() - self._begun))
 
     def finish(self) -> str | None:
         """Wait to the end; return the problem, if there is one."""
@@ -116,7 +149,7 @@ class Saver:
             copies[group] = {}
             for name, tensor in entries.items():
                 tensor = tensor.detach()
-                view = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+                view = _view(tensor)
                 if view not in made or not tensor.numel():
                     made[view] = self._host(group, name, tensor).copy_(tensor, non_blocking=tensor.is_cuda)
                 copies[group][name] = made[view]
@@ -134,3 +167,8 @@ class Saver:
             held = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             self._pinned[group, name] = held
         return held
+
+
+def _view(tensor: Tensor) -> tuple:
+    """Equal for names of one tensor."""
+    return (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
