@@ -50,7 +50,7 @@ $(SMALL)/%/.done: configs/run/small-write.yaml configs/method/write-%.yaml confi
 
 test: $(VENV)/.installed
 	DIHAL_NO_JAXTYPING=1 $(BIN)/python -m pytest tests/compile
-	$(BIN)/python -m pytest tests --ignore tests/compile -n auto
+	$(BIN)/python -m pytest tests --ignore tests/compile -n auto --dist worksteal
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ which value counts. The defaults stay where they are: in the dataclasses.
 from __future__ import annotations
 
 import difflib
+import functools
 import sys
 import typing
 from collections.abc import Sequence
@@ -65,9 +66,16 @@ def _parser(config_class: type, **options: Any) -> Any:
     return ArgumentParser(exit_on_error=False, default_env=False, **options)
 
 
-def _build(config_class: type[Config], layers: Layers) -> Config:
+@functools.cache
+def _checker(config_class: type) -> Any:
+    """What checks the values of a class; reading its fields and their docstrings takes a quarter of a second."""
     parser = _parser(config_class)
     parser.add_class_arguments(config_class, as_group=False)
+    return parser
+
+
+def _build(config_class: type[Config], layers: Layers) -> Config:
+    parser = _checker(config_class)
     try:
         values = parser.parse_object(layers.nested()).as_dict()
     except Exception as error:

@@ -71,6 +71,7 @@ def masked(name: str, words: str = "") -> Case:
     return Case(name=f"mask, {name}", words=f"{shared} {words}", regime="mask", split=0)
 
 
+LATENT = "--method.latent.dim 8 --method.latent.hidden 32 --method.process.schedule tan"
 CASES = [
     *(replace(name, f"--method.name {name}") for name in METHODS if name != "masked"),
     replace("split 0", "", split=0),
@@ -81,18 +82,20 @@ CASES = [
         "--method.process.schedule linear --method.process.parametrisation flow "
         "--method.objective.condition_dropout 0.2 --method.denoiser.dropout 0.1",
     ),
+    # Every space with either recovery; splits and schedules with one each.
     *(
         generate(space, recovery, words, split=split)
-        for space, words, split in (
-            ("hidden", "", 2),
-            ("hidden", "", 0),
-            ("embedding", "--method.process.schedule gumbel", 0),
-            ("embedding", "--method.process.warp true --method.embedding.dim 8", 0),
-            ("latent", "--method.latent.dim 8 --method.latent.hidden 32 --method.process.schedule tan", 2),
-            ("simplex", "", 0),
-            ("simplex", "", 2),
+        for space, recovery, words, split in (
+            ("hidden", "own", "", 2),
+            ("hidden", "stack", "", 0),
+            ("embedding", "own", "--method.process.schedule gumbel", 0),
+            ("embedding", "own", "--method.process.warp true --method.embedding.dim 8", 0),
+            ("embedding", "stack", "--method.process.warp true --method.embedding.dim 8", 0),
+            ("latent", "own", LATENT, 2),
+            ("latent", "stack", LATENT, 2),
+            ("simplex", "own", "", 0),
+            ("simplex", "stack", "", 2),
         )
-        for recovery in ("own", "stack")
     ),
     generate("hidden", "stack", "--method.lora.rank 2 --method.objective.condition_dropout 0.2"),
     masked("weights"),

@@ -161,16 +161,16 @@ def test_shards_are_one_bridge(prepared: Path, tmp_path: Path) -> None:
         "method.objective.kl": 0.5,
         "method.lora.rank": 2,
         "trainer.accumulate": 2,
-        "trainer.save_every": 10,
+        "trainer.save_every": 6,
         "trainer.validate_batches": 1,
     }
-    replicated = jobs.configuration(prepared, tmp_path / "ddp", steps=2 * 20, **changes)
+    replicated = jobs.configuration(prepared, tmp_path / "ddp", steps=2 * 12, **changes)
     replicated = jobs.over_ranks(replicated, 2)
     sharded = replace(replicated, out=str(tmp_path / "fsdp"), trainer=replace(replicated.trainer, strategy="fsdp"))
     for config in (replicated, sharded):
         assert jobs.finish(jobs.start(config)) == [0, 0], Path(f"{config.out}.log").read_text()
     left, right = jobs.losses(replicated.out), jobs.losses(sharded.out)
-    assert len(left) == len(right) == 20
+    assert len(left) == len(right) == 12
     for a, b in zip(left, right, strict=True):
         assert b[2] == pytest.approx(a[2], rel=1e-5)
         assert b[3] == pytest.approx(a[3], rel=1e-4)
@@ -194,7 +194,7 @@ def test_shards_are_one_bridge(prepared: Path, tmp_path: Path) -> None:
         shutil.rmtree(list_checkpoints(crossed.out)[-1])
         shutil.copy(Path(before.out) / "metrics.jsonl", crossed.out)
         assert jobs.finish(jobs.start(crossed)) == [0, 0], Path(f"{crossed.out}.log").read_text()
-        assert [row[0] for row in jobs.losses(crossed.out)] == list(range(1, 21))
+        assert [row[0] for row in jobs.losses(crossed.out)] == list(range(1, 13))
         for a, b in zip(left, jobs.losses(crossed.out), strict=True):
             assert b[2] == pytest.approx(a[2], rel=1e-4)
 

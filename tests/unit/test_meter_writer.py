@@ -113,11 +113,22 @@ WRITING = {
 }
 
 
+# Without caches, what is kept of the text before costs again: in all ways of one space, and in two ways of every space.
+EVERYWHERE = ("fused, projected", "blocks")
+
+
 @pytest.mark.parametrize(
-    ("writing", "cached"),
-    [(name, cached) for name in WRITING for cached in (True, False) if cached or name != "static"],
+    ("space", "writing", "cached"),
+    [
+        *((space, name, True) for space in sorted(SPACES) for name in WRITING),
+        *(
+            (space, name, False)
+            for space in sorted(SPACES)
+            for name in WRITING
+            if name != "static" and (space == "hidden" or name in EVERYWHERE)
+        ),
+    ],
 )
-@pytest.mark.parametrize("space", sorted(SPACES))
 def test_writing_costs_what_torch_counts(space: str, writing: str, cached: bool) -> None:
     backbone, writer = writer_of(space)
     ids, known = make_batch(2, 40).input_ids, (torch.arange(40) < 12).expand(2, -1)
