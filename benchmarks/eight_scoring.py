@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import bisect
+import contextlib
+import json
+import math
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from eight_kit import Bench
 
 from dihal.backbone import Backbone
 from dihal.config import ScoreConfig
-from dihal.geometry import parallel
+from dihal.geometry import parallel, score, streaming
 from dihal.geometry.functionals import entropy
 from dihal.geometry.layer import Sampling, assess_layer
 from dihal.geometry.moments import Moments, add_upper_gram, cusolver, spectrum
 from dihal.geometry.neighbours import candidates, local_spread
 from dihal.geometry.proxies import effective_rank
 from dihal.geometry.score import score_layers
-from dihal.geometry.streaming import LayerStatistics, stream_statistics
+from dihal.geometry.statistics import LayerStatistics
+from dihal.geometry.streaming import stream_statistics
+from dihal.geometry.subspace import _rough_product
 from dihal.geometry.wide import extremes
 from dihal.geometry.windows import draw_documents, plan_chunks, sample_pool
 
@@ -75,7 +84,8 @@ def run(bench: Bench, options: Any) -> None:
         ("without exact spectra", config, 1.35),
         ("exact spectra", exact, 2.5),
     ]
-    score_layers(backbone, texts, replace(config, tokens=max(size.score_tokens // 8, 4 * size.score_length)))
+    # Everything once, in the shapes that are measured: kernels are loaded, blocks compiled for what they are given.
+    score_layers(backbone, texts, config)
     for name, chosen, bar in runs:
         with bench.part(name):
             bench.reset_peak()
@@ -107,7 +117,7 @@ def breakdown(
     started = time.perf_counter()
     draw = draw_documents(backbone, texts, config)
     bench.row("part: draw", time.perf_counter() - started, "s")
-    pool, preference = sample_pool(draw, config)
+    pool, preference = sample_pool(draw, config, backbone.device)
     bench.row("part: draw and pool", time.perf_counter() - started, "s")
     bench.sync()
     started = time.perf_counter()
@@ -131,7 +141,8 @@ def breakdown(
             finally:
                 parallel.STREAMS = before
             bench.row(f"part: assessment, {name}, {streams} streams, per layer", 1e3 * took / len(few), "ms")
-    with torch.no_grad():
+    # As in the product, where all layers are assessed inside one such scope.
+    with torch.no_grad(), cusolver(bench.device):
         pieces(bench, layers, config)
         for name, chosen in (("no spectra", config), ("exact spectra", exact)):
             with bench.part(f"kernels, {name}"):
@@ -142,6 +153,9 @@ def breakdown(
         slots = torch.arange(8, device=bench.device)
         with bench.part("kernels, statistics"):
             kernels(bench, "statistics of a chunk", lambda: few[-1].add(x, counted, slots, slots))
+    del layers, few, x
+    with bench.part("whole"):
+        whole(bench, lambda: score_layers(backbone, texts, config))
 
 
 def pieces(bench: Bench, layers: list[LayerStatistics], config: ScoreConfig) -> None:
@@ -151,7 +165,6 @@ def pieces(bench: Bench, layers: list[LayerStatistics], config: ScoreConfig) -> 
     x = torch.randn(bench.sizes.score_batch, dim, device=bench.device).to(layer.pool.dtype)
     moments = Moments(layer.kept["raw"].shift.float(), layer.kept["raw"]._dtype)
     where = torch.tensor([0], device=bench.device)
-    scale = torch.ones(len(x), device=bench.device)
     first = torch.zeros(len(x), dtype=torch.bool)
     points = layer.pool.float()
     anchors = torch.arange(min(config.anchors, len(points) // 2), device=bench.device)
@@ -180,12 +193,14 @@ def pieces(bench: Bench, layers: list[LayerStatistics], config: ScoreConfig) -> 
     matrix = wide[-1][0] / wide[-1][0].diagonal().mean()
     matrix.diagonal().add_(0.01)
     works: list[tuple[str, Callable[[], Any]]] = [
-        ("moments of a chunk, raw", lambda: moments.add_chosen(x, where)),
-        ("moments of a chunk, rms", lambda: moments.add_chosen(x, where, scale)),
-        ("sum of a chunk", lambda: x.sum(0, dtype=torch.float64)),
+        ("moments of a chunk, one kind", lambda: moments.add(x)),
+        ("copy of a chunk", lambda: x.clone()),
+        ("rms of a chunk", lambda: F.rms_norm(x, (dim,), eps=torch.finfo(torch.float32).tiny)),
+        ("sum of a chunk", lambda: x.sum(0, dtype=torch.float32)),
         ("products of a chunk", lambda: add_upper_gram(x, moments._recent if moments._recent is not None else moments._second)),
         ("statistics of a chunk, whole", lambda: layer.add(x, first, where, where)),
         ("covariance", lambda: layer.kept["raw"].covariance),
+        ("covariance, fp32", lambda: layer.kept["raw"].narrow_covariance),
         ("candidates of one kind", lambda: candidates(points, anchors, config.neighbours + 4)),
         ("neighbours of one kind", lambda: local_spread(points, anchors, config.neighbours)),
         ("largest of three, first layer", lambda: extremes(list(wide[0]))),
@@ -196,6 +211,9 @@ def pieces(bench: Bench, layers: list[LayerStatistics], config: ScoreConfig) -> 
         ("one Cholesky factorisation, float32", lambda: torch.linalg.cholesky_ex(matrix)),
         ("one Cholesky factorisation, float64", lambda: torch.linalg.cholesky_ex(matrix.double())),
     ]  # fmt: skip
+    if bench.device.type == "cuda":
+        rounded = wide[-1].bfloat16()
+        works.append(("one product with a block, rounded", lambda: _rough_product(rounded, known[-1].found.block)))
     for name, work in works:
         with bench.part(name):
             bench.row(f"part: {name}", 1e3 * bench.seconds(work, repeats=5), "ms")
@@ -221,6 +239,117 @@ def kernels(bench: Bench, name: str, work: Callable[[], Any]) -> None:
     for event in sorted(events, key=lambda event: -getattr(event, key))[:12]:
         if getattr(event, key) > 0:
             bench.row(f"{name}: {event.key[:70]}", getattr(event, key) / 1e3, "ms", calls=event.count)
+
+
+_GROUPS = ("forward", "moments", "assessment", "sampling")
+"""What kernels are counted as, by the thread that launched them and the function of the product around it."""
+
+
+@contextlib.contextmanager
+def marked() -> Iterator[None]:
+    """Names in the trace around blocks, what the pass does for the statistics, and the draw of the pool."""
+    places = [
+        (LayerStatistics, "prepare", "moments"), (LayerStatistics, "begin", "moments"), (LayerStatistics, "finish", "moments"),
+        (streaming.Walk, "step", "forward"), (streaming.Walk, "__init__", "forward"), (score, "sample_pool", "sampling"), (score, "draw_documents", "sampling"),
+    ]  # fmt: skip
+    before = [(holder, name, getattr(holder, name)) for holder, name, _ in places]
+
+    def mark(function: Callable[..., Any], group: str) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            with torch.profiler.record_function(f"group {group}"):
+                return function(*arguments, **named)
+
+        return call
+
+    for (holder, name, function), (_, _, group) in zip(before, places):
+        setattr(holder, name, mark(function, group))
+    try:
+        yield
+    finally:
+        for holder, name, function in before:
+            setattr(holder, name, function)
+
+
+def _covered(spans: list[tuple[float, float]]) -> float:
+    """Length of the union of intervals."""
+    total, end = 0.0, -math.inf
+    for start, stop in sorted(spans):
+        total += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    return total
+
+
+def whole(bench: Bench, work: Callable[[], Any]) -> None:
+    """Where the time of one call goes: the share in which the GPU is busy, kernel time by group, waits of the host.
+
+    Written to a trace and read from there: kernels belong to the innermost group whose span on their thread holds
+    their launch.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    cuda = bench.device.type == "cuda"
+    bench.sync()
+    started = time.perf_counter()
+    with marked(), profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as trace:
+        work()
+        bench.sync()
+    bench.row("whole: seconds under the profiler", time.perf_counter() - started, "s")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        trace.export_chrome_trace(str(path))
+        events = [e for e in json.loads(path.read_text())["traceEvents"] if e.get("ph") == "X"]
+    spans: dict[Any, list[tuple[float, float, str]]] = {}
+    for event in events:
+        if event.get("cat") == "user_annotation" and event["name"].startswith("group "):
+            spans.setdefault(event["tid"], []).append((event["ts"], event["ts"] + event["dur"], event["name"][6:]))
+    for found in spans.values():
+        found.sort()
+
+    main = next(thread for thread, found in spans.items() if any(name == "sampling" for _, _, name in found))
+
+    def group_of(event: dict[str, Any]) -> str:
+        if event["tid"] != main:  # nothing else is done by other threads, and their own names are not in the trace
+            return "assessment"
+        of_thread = spans[main]
+        place = bisect.bisect_right(of_thread, (event["ts"], math.inf, "")) - 1
+        return of_thread[place][2] if place >= 0 and event["ts"] <= of_thread[place][1] else "other"
+
+    launches = {
+        e["args"]["correlation"]: e for e in events if e.get("cat") in ("cuda_runtime", "cuda_driver") and "correlation" in e.get("args", {})
+    }  # fmt: skip
+    device = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    by_group: dict[str, float] = dict.fromkeys((*_GROUPS, "other"), 0.0)
+    by_kernel: dict[tuple[str, str], float] = {}
+    for event in device:
+        launch = launches.get(event.get("args", {}).get("correlation"))
+        group = "other" if launch is None else group_of(launch)
+        by_group[group] += event["dur"]
+        key = (group, event["name"][:60])
+        by_kernel[key] = by_kernel.get(key, 0.0) + event["dur"]
+    if device:
+        first, last = min(e["ts"] for e in device), max(e["ts"] + e["dur"] for e in device)
+        busy = _covered([(e["ts"], e["ts"] + e["dur"]) for e in device])
+        bench.row("whole: first to last kernel", (last - first) / 1e6, "s")
+        bench.row("whole: share in which the GPU is busy", busy / (last - first))
+    for group, took in by_group.items():
+        bench.row(f"whole: kernels of {group}", took / 1e3, "ms")
+    for (group, name), took in sorted(by_kernel.items(), key=lambda item: -item[1])[:40]:
+        bench.row(f"whole: {group}: {name}", took / 1e3, "ms")
+    for name in (
+        "cudaStreamSynchronize",
+        "cudaEventSynchronize",
+        "cudaDeviceSynchronize",
+        "cudaMalloc",
+        "cudaHostAlloc",
+        "cudaMemcpyAsync",
+    ):
+        calls = [e for e in events if e["name"] == name]
+        if calls:
+            by_host = {g: sum(e["dur"] for e in calls if group_of(e) == g) / 1e3 for g in (*_GROUPS, "other")}
+            bench.row(f"whole: host in {name}", sum(e["dur"] for e in calls) / 1e3, "ms", calls=len(calls), by=by_host)
+    for group in ("forward", "moments", "sampling"):
+        inside = sum(stop - start for found in spans.values() for start, stop, name in found if name == group)
+        bench.row(f"whole: host inside {group}", inside / 1e3, "ms")
 
 
 def eigenvalues(bench: Bench, dim: int) -> None:

@@ -20,7 +20,7 @@ from dihal.geometry.proxies import (
     global_stiffness,
     mean_pairwise_cosine,
 )
-from dihal.geometry.streaming import LayerStatistics
+from dihal.geometry.statistics import LayerStatistics
 from dihal.geometry.views import COORDINATES, WIDE, Frame, View
 from dihal.geometry.wide import extremes, log_rank, rank_with_sinks
 

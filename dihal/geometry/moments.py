@@ -22,20 +22,22 @@ __all__ = [
 ]
 
 
-def _native_half(dtype: torch.dtype, device: torch.device) -> bool:
+def native_half(dtype: torch.dtype, device: torch.device) -> bool:
     # Only CUDA multiplies half-precision inputs into an fp32 result; elsewhere the inputs are widened first.
     return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
 
 
 def work_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """Precision in which states of ``dtype`` are multiplied on ``device``."""
-    if dtype == torch.float64 or _native_half(dtype, device):
+    if dtype == torch.float64 or native_half(dtype, device):
         return dtype
     return torch.float32
 
 
 _BLOCK = 144  # width of a block column of a CPU product
-_HALVES = 2_048  # from this width on a CUDA product is made in two block columns: three quarters of work and memory
+# From this width on a CUDA product is made in two block columns: three quarters of work and memory. Not in four: at
+# d = 4,096 two are three full waves of 128 x 256 tiles on 132 processors, four are four waves, the last ones empty.
+_HALVES = 2_048
 _RECENT = 64  # fp32 sums before they go to fp64: their rounding stays at 2e-7 of the sum
 _ROWS = 256  # fewer tokens than this wait for more: many small products cost more than one
 
@@ -72,7 +74,7 @@ def add_upper_gram(x: Float[Tensor, "tokens dim"], total: Float[Tensor, "packed"
 
     fp32 and fp64 are multiplied in their own precision, half precision on CUDA with an fp32 result.
     """
-    product = _half_product if _native_half(x.dtype, x.device) else torch.mm
+    product = _half_product if native_half(x.dtype, x.device) else torch.mm
     for start, stop, block in _packed(x.shape[1], total):
         block += product(x[:, start:stop].mT, x[:, start:])
 
@@ -94,7 +96,7 @@ class Moments:
     """
 
     def __init__(self, shift: Float[Tensor, "dim"], dtype: torch.dtype, *, wait: int = _ROWS) -> None:
-        half = _native_half(dtype, shift.device)
+        half = native_half(dtype, shift.device)
         self.shift = torch.zeros_like(shift, dtype=torch.float64) if half else shift.to(dtype).double()
         self._dtype = dtype
         self._shift = None if half else self.shift.to(dtype)
@@ -142,24 +144,22 @@ class Moments:
     ) -> None:
         """:meth:`add` all tokens but ``x[where]``.
 
-        Without a shift a token times zero adds nothing to any sum: nothing is gathered, one pass over ``x`` prepares
-        the product.
+        The others are gathered; where nothing is shifted, :meth:`add_beside_zeros` does without.
         """
-        count = x.shape[0] - where.shape[0]
-        if self._shift is not None or count < self._wait:
-            chosen = torch.ones(x.shape[0], dtype=torch.bool, device=x.device).index_fill_(0, where, False)
-            rows = chosen.nonzero().squeeze(1)
-            self.add(x.index_select(0, rows), None if scale is None else scale[rows])
-            return
-        if scale is None and where.shape[0] == 0:
-            y = x.to(self._dtype)
-        else:
-            factor = x.new_ones(x.shape[0], dtype=torch.float32) if scale is None else scale.to(torch.float32)
-            factor = factor.index_fill(0, where, 0.0)
-            # Multiplied in fp32 and rounded once, in one pass.
-            y = torch.mul(x, factor[:, None], out=torch.empty_like(x, dtype=self._dtype))
+        chosen = torch.ones(x.shape[0], dtype=torch.bool, device=x.device).index_fill_(0, where, False)
+        rows = chosen.nonzero().squeeze(1)
+        self.add(x.index_select(0, rows), None if scale is None else scale[rows])
+
+    @property
+    def unshifted(self) -> bool:
+        """Whether tokens are multiplied as they are: then a token of zeros adds nothing to any sum."""
+        return self._shift is None
+
+    def add_beside_zeros(self, y: Float[Tensor, "tokens dim"], count: int) -> None:
+        """Add ``count`` tokens; the other rows of ``y`` are zero. Only where :attr:`unshifted`."""
+        assert self.unshifted, "where tokens are shifted, a token of zeros is one"
         self.count += count
-        self._multiply(y)
+        self._multiply(y.to(self._dtype))
 
     def _flush(self) -> None:
         if self._waiting:
@@ -168,10 +168,13 @@ class Moments:
             self._multiply(y)
 
     def _multiply(self, y: Tensor) -> None:
-        self._total += y.sum(0, dtype=torch.float64 if y.is_cuda else None)
-        if not _native_half(y.dtype, y.device):
+        if not native_half(y.dtype, y.device):
+            self._total += y.sum(0, dtype=torch.float64 if y.is_cuda else None)
             add_upper_gram(y, self._second)
             return
+        # The device sums a chunk of bf16 as a tree, a few dozen terms a thread: good to a few 1e-7 in fp32, as the products
+        # are, and in half the time of fp64 (the chunks are summed in that).
+        self._total += y.sum(0, dtype=torch.float32)
         if self._recent is None:
             self._recent = torch.zeros(_packed_size(y.shape[1], y.device), dtype=torch.float32, device=y.device)
         add_upper_gram(y, self._recent)
@@ -229,6 +232,29 @@ class Moments:
         cov.addr_(offset, offset, alpha=-1)
         above = cov.triu(1)
         return cov.triu_().add_(above.mT)
+
+    @property
+    def narrow_covariance(self) -> tuple[Float[Tensor, "dim dim"], Float[Tensor, "dim"]]:
+        """The covariance in fp32, and its diagonal in fp64.
+
+        Sums that are fp32 themselves are not widened: taking off the mean's part rounds by 1e-7 of it, less than the
+        sums have been, and fp64 matrices take four times as long to pass over.
+        """
+        self._flush()
+        if self._recent is None or self._sums is not None:
+            covariance = self.covariance
+            return covariance.float(), covariance.diagonal().clone()
+        offset = self._total / self.count
+        near, dim = offset.float(), offset.shape[0]
+        cov = torch.empty(dim, dim, dtype=torch.float32, device=offset.device)
+        diagonal = []
+        for start, stop, block in _packed(dim, self._recent):
+            upper = cov[start:stop, start:]
+            torch.addr(block, near[start:stop], near[start:], beta=1 / self.count, alpha=-1, out=upper)
+            # A block on the diagonal is whole, and symmetric as its product is.
+            cov[stop:, start:stop] = cov[start:stop, stop:].mT
+            diagonal.append(block.diagonal())
+        return cov, torch.cat(diagonal).double() / self.count - offset.square()
 
 
 def covariance_of_both(covariance: Float[Tensor, "dim dim"], kept: Moments, few: Moments) -> Float[Tensor, "dim dim"]:

@@ -22,7 +22,7 @@ from dihal.errors import UsageError
 
 if TYPE_CHECKING:
     from dihal.geometry.moments import Moments
-    from dihal.geometry.streaming import LayerStatistics
+    from dihal.geometry.statistics import LayerStatistics
 
 __all__ = ["Ranks", "joined", "on_own_device"]
 

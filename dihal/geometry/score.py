@@ -24,7 +24,8 @@ from dihal.geometry.parallel import layer_queue
 from dihal.geometry.proxies import RANKS, STIFFNESSES, score, spearman, z_scores
 from dihal.geometry.ranks import Ranks
 from dihal.geometry.report import CoordinateReport, LayerReport, ScoreReport, SplitReport
-from dihal.geometry.streaming import LayerStatistics, stream_statistics
+from dihal.geometry.statistics import LayerStatistics
+from dihal.geometry.streaming import stream_statistics
 from dihal.geometry.windows import Draw, draw_documents, sample_pool
 from dihal.io import hash_json
 from dihal.provenance import provenance
@@ -252,7 +253,7 @@ def score_layers(
         f"sequence_length={config.sequence_length} exceeds the backbone's {longest} positions. Lower it.",
     )
     draw = draw_documents(backbone, texts_or_ids, config)
-    pool, preference = sample_pool(draw, config)
+    pool, preference = sample_pool(draw, config, backbone.device)
     check_draw(draw, len(pool), config)
     window_of = torch.searchsorted(draw.offsets, pool, right=True) - 1
     counts = resample_documents(draw.documents, config.bootstrap, config.seed) if config.bootstrap else None

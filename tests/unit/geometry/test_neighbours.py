@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from dihal.geometry import neighbours
 from dihal.geometry.neighbours import FLOOR, _smallest, candidates, curvature, local_spread
 
 
@@ -106,3 +107,54 @@ def test_rotation_and_token_order_leave_the_curvature() -> None:
     order = torch.randperm(800, generator=torch.Generator().manual_seed(3))
     where = order.argsort()
     torch.testing.assert_close(local_spread(points[order], where[anchors], 32).variance, before, rtol=1e-6, atol=0)
+
+
+ADVERSE = ("plain", "far cluster", "far anchor", "one channel", "copies", "scattered sizes")
+
+
+def adverse(kind: str) -> torch.Tensor:
+    """Centred points on which rounding could tell."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1500, 96, generator=generator) * torch.logspace(0, -2, 96)
+    if kind == "far cluster":
+        x[:100] = x[:100] * 0.3 + 3  # fp32 scores still tell its members apart
+    if kind == "far anchor":
+        x[::40] += 100
+    if kind == "one channel":
+        x[:, 3] += 20 * torch.randn(1500, generator=generator)
+    if kind == "copies":
+        x[200:260] = x[200]
+    if kind == "scattered sizes":
+        x *= torch.logspace(-1, 2, 1500)[torch.randperm(1500, generator=generator)][:, None]
+    return x - x.mean(0)
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(neighbours, "_splits", lambda points: True)
+    monkeypatch.setattr(neighbours, "_half_product", lambda a, b: a.float() @ b.float())
+    monkeypatch.setattr(neighbours, "_measured_on_cpu", neighbours._measured_on_gpu)
+
+
+@pytest.mark.parametrize("kind", ADVERSE)
+def test_neighbours_as_on_a_gpu_are_exact(kind: str, as_on_a_gpu: None) -> None:
+    points, k = adverse(kind), 32
+    anchors = torch.arange(0, 1500, 20)
+    found = local_spread(points, anchors, k)
+    variance, distance = brute_force(points, anchors, k)
+    size = float(points.double().square().sum(1).mean()) / points.shape[1]
+    torch.testing.assert_close(found.nearest, distance[:, 0], rtol=1e-5, atol=1e-13 * size)
+    torch.testing.assert_close(found.farthest, distance[:, -1], rtol=1e-5, atol=1e-13 * size)
+    torch.testing.assert_close(found.variance, variance, rtol=1e-5, atol=1e-13 * size)
+    if kind == "copies":
+        assert (found.variance[anchors.ge(200) & anchors.lt(260)] < 1e-12 * size).all()  # far below the floor
+        assert (found.nearest[anchors.ge(200) & anchors.lt(260)] == 0).all()
+
+
+@pytest.mark.parametrize("kind", ADVERSE)
+def test_a_product_of_halves_is_within_its_bound(kind: str, as_on_a_gpu: None) -> None:
+    points, block = adverse(kind), torch.arange(0, 1500, 7)
+    found = neighbours._split_product(neighbours._halves(points), block).double()
+    exact = points[block].double() @ points.double().mT
+    bound = points[block].double().abs() @ points.double().abs().mT
+    assert bool(((found - exact).abs() <= 2.0**-15 * bound).all())

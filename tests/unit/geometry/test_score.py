@@ -207,3 +207,36 @@ def test_too_few_blocks_and_constant_states_are_refused() -> None:
         score_layers(tiny_backbone(num_blocks=2), documents(80), CONFIG)
     with pytest.raises(UsageError, match="split 0 do not vary"):
         score_layers(tiny_backbone(), [[5] * 400, [5] * 300], CONFIG)
+
+
+def test_everything_as_on_a_gpu_comes_to_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The branches of a GPU, run here: half precision, block by block, rounded products, nothing solved for."""
+    from dihal.geometry import layer, moments, neighbours, statistics, streaming, subspace, views
+
+    config = ScoreConfig(
+        tokens=9000, sequence_length=48, batch_tokens=1024, pool=1200, anchors=150, neighbours=16, bootstrap=0,
+        rank="participation",
+    )  # fmt: skip
+    backbone = tiny_backbone(seed=3, hidden_size=96, dtype="bfloat16")
+    plain = score_layers(backbone, documents(150), config)
+    for module in (moments, statistics):
+        monkeypatch.setattr(module, "native_half", lambda dtype, device: dtype == torch.bfloat16)
+    for module in (moments, neighbours):
+        monkeypatch.setattr(module, "_half_product", lambda a, b: a.float() @ b.float())
+    monkeypatch.setattr(streaming, "_block_by_block", lambda backbone: True)
+    monkeypatch.setattr(neighbours, "_splits", lambda points: True)
+    monkeypatch.setattr(neighbours, "_measured_on_cpu", neighbours._measured_on_gpu)
+    monkeypatch.setattr(subspace, "_rounds", lambda device: True)
+    monkeypatch.setattr(subspace, "_rough_product", lambda m, block: m.float() @ block.to(m.dtype).float())
+    for module in (views, layer):
+        monkeypatch.setattr(module, "WIDE", 64)
+    found = score_layers(backbone, documents(150), config)
+    for name, expected in plain.coordinates.items():
+        for one, two in zip(expected.splits, found.coordinates[name].splits):
+            # rms states are rounded to half precision before they are multiplied.
+            assert two.curvature == pytest.approx(one.curvature, abs=1e-3)
+            assert two.stiffness == pytest.approx(one.stiffness, abs=2e-3)
+            assert two.rank == pytest.approx(one.rank, abs=2e-3)
+    for one, two in zip(plain.layers, found.layers):
+        assert (one.kept, one.dropped_first, one.dropped_norm) == (two.kept, two.dropped_first, two.dropped_norm)
+        assert one.norm_threshold == two.norm_threshold

@@ -7,12 +7,14 @@ import dataclasses
 import pytest
 import torch
 
+from dihal.backbone.layout import LAYOUTS
 from dihal.config import ScoreConfig
 from dihal.errors import UsageError
 from dihal.geometry.layer import Sampling, assess_layer
 from dihal.geometry.moments import correlation, spectrum
 from dihal.geometry.proxies import effective_rank, global_stiffness
-from dihal.geometry.streaming import LayerStatistics, stream_statistics
+from dihal.geometry.statistics import LayerStatistics
+from dihal.geometry.streaming import stream_statistics
 from dihal.geometry.windows import draw_documents, sample_pool
 from tests.kit import tiny_backbone
 from tests.unit.geometry.test_neighbours import brute_force
@@ -179,27 +181,110 @@ def test_memory_does_not_grow_with_tokens(monkeypatch) -> None:
     assert held[0] == held[1]
 
 
-def test_states_added_one_block_late_are_the_same_and_layers_are_told_in_order(scored) -> None:
+@pytest.mark.parametrize("held", [1, 3 * 256 * 32 * 4, 2**29])
+@pytest.mark.parametrize("batch_tokens", [256, 10**6])
+def test_block_by_block_everything_is_as_pass_by_pass(scored, held: int, batch_tokens: int, monkeypatch) -> None:
     from dihal.geometry import streaming
-    from dihal.geometry.windows import plan_chunks
 
-    backbone, draw, pool, _, layers = scored
-    plan = plan_chunks(draw, CONFIG.batch_tokens)
-    again = [LayerStatistics(split, len(pool), CONFIG) for split in range(backbone.num_blocks)]
-    pilot = [(chunk, streaming._states(backbone, chunk)) for chunk in plan if chunk.pilot]
-    for layer in again:
-        layer.prepare([held[layer.split] for _, held in pilot], [chunk.first for chunk, _ in pilot])
-    told: list[int] = []
-    for number, chunk in enumerate(plan):
-        places = streaming._Places.of(chunk, pool, backbone.device)
-        last = number + 1 == len(plan)
-        streaming._stream(backbone, chunk, again, places, (lambda layer: told.append(layer.split)) if last else None)
-    assert told == list(range(backbone.num_blocks))
+    backbone, draw, pool, _, _ = scored
+    config = dataclasses.replace(CONFIG, batch_tokens=batch_tokens)
+    layers = stream_statistics(backbone, draw, pool, config)
+    monkeypatch.setattr(streaming, "_block_by_block", lambda backbone: True)
+    monkeypatch.setattr(streaming, "HELD_BYTES", held)
+    told: list[tuple[int, int]] = []
+    seen = [0]
+
+    def advance(count: int) -> None:
+        seen[0] += count
+
+    again = stream_statistics(
+        backbone, draw, pool, config, advance, whole=lambda layer: told.append((layer.split, layer.tokens))
+    )
+    assert told == [(split, draw.tokens) for split in range(backbone.num_blocks)]
+    assert seen[0] == draw.tokens
     for one, two in zip(layers, again):
         assert (one.dropped_first, one.dropped_norm, one.tokens) == (two.dropped_first, two.dropped_norm, two.tokens)
+        assert one.threshold == two.threshold
         assert torch.equal(one.pool, two.pool)
+        assert torch.equal(one.pool_norms, two.pool_norms)
         for name in ("raw", "rms"):
-            torch.testing.assert_close(one.kept[name].covariance, two.kept[name].covariance)
+            assert torch.equal(one.kept[name].covariance, two.kept[name].covariance)
+            assert one.dropped[name].count == two.dropped[name].count
+
+
+def test_layers_are_whole_while_blocks_above_are_still_to_run(scored, monkeypatch) -> None:
+    from dihal.geometry import streaming
+
+    backbone, draw, pool, _, _ = scored
+    monkeypatch.setattr(streaming, "_block_by_block", lambda backbone: True)
+    order: list[object] = []
+    step = streaming.Walk.step
+    monkeypatch.setattr(streaming.Walk, "step", lambda walk: (order.append(walk.split), step(walk))[1])
+    stream_statistics(backbone, draw, pool, CONFIG, whole=lambda layer: order.append(f"whole {layer.split}"))
+    assert order.index("whole 1") < len(order) - 1 - order[::-1].index(2)
+    assert order.count("whole 1") == 1
+
+
+@pytest.mark.parametrize("family", list(LAYOUTS))
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_block_at_a_time_gives_the_states_of_one_pass(family: str, padded: bool) -> None:
+    from dihal.backbone.steps import Walk
+
+    attention = "eager" if LAYOUTS[family].eager_only else "sdpa"
+    backbone = tiny_backbone(family, seed=5, attention=attention)
+    ids = torch.randint(0, backbone.vocab_size, (3, 20), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(20) < torch.tensor([[20], [13], [7]])) if padded else None
+    with torch.no_grad():
+        states = backbone.states(ids, range(backbone.num_blocks), attention_mask=mask)
+    real = torch.ones(3, 20, dtype=torch.bool) if mask is None else mask
+    walk = Walk(backbone, ids, mask)
+    for split in range(backbone.num_blocks):
+        assert walk.split == split
+        assert torch.equal(walk.state[real], states[split][real])
+        if split + 1 < backbone.num_blocks:
+            walk.step()
+    with pytest.raises(UsageError, match="last state"):
+        walk.step()
+
+
+def test_states_in_half_precision_are_added_without_a_gather(monkeypatch) -> None:
+    from dihal.geometry import moments, statistics
+
+    half = lambda dtype, device: dtype == torch.bfloat16  # noqa: E731
+    x = (torch.randn(900, 24, generator=torch.Generator().manual_seed(0)) + 0.5).bfloat16()
+    x[[5, 300, 301]] *= 100
+    x[77] = 0
+    first = torch.arange(900) % 300 == 0
+    rows, slots = torch.arange(10, 20), torch.arange(10)
+    before = x.clone()
+
+    def added() -> LayerStatistics:
+        layer = LayerStatistics(0, 10, CONFIG)
+        layer.prepare([x], [first])
+        layer.add(x, first, rows, slots)
+        return layer
+
+    wide = added()
+    for module in (moments, statistics):
+        monkeypatch.setattr(module, "native_half", half)
+    monkeypatch.setattr(moments, "_half_product", lambda a, b: a.float() @ b.float())
+    found = added()
+    assert torch.equal(x, before)
+    assert found.kept["raw"].unshifted
+    assert not wide.kept["raw"].unshifted
+    # 301 is large and not first; 300 is both, 0 and 600 are first.
+    assert (found.dropped_first, found.dropped_norm) == (wide.dropped_first, wide.dropped_norm) == (3, 2)
+    assert torch.equal(found.pool, wide.pool)
+    for name, tolerance in (("raw", 1e-5), ("rms", 4e-3)):  # rms states are rounded to half precision
+        one, two = wide.kept[name], found.kept[name]
+        assert one.count == two.count == 895
+        torch.testing.assert_close(two.covariance, one.covariance, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(two.mean, one.mean, rtol=tolerance, atol=tolerance)
+        narrow, variance = two.narrow_covariance
+        assert narrow.dtype == torch.float32
+        torch.testing.assert_close(narrow.double(), two.covariance, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(variance, two.covariance.diagonal(), rtol=1e-9, atol=1e-12)
+        assert found.dropped[name].count == wide.dropped[name].count == 5
 
 
 def test_each_layer_is_handed_over_once_when_it_is_whole(scored) -> None:

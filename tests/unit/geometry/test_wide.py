@@ -13,7 +13,7 @@ from dihal.geometry.functionals import entropy
 from dihal.geometry.layer import Sampling, assess_layer
 from dihal.geometry.moments import Moments, covariance_of_both, spectrum
 from dihal.geometry.proxies import effective_rank
-from dihal.geometry.streaming import LayerStatistics
+from dihal.geometry.statistics import LayerStatistics
 from dihal.geometry.subspace import largest_values
 from dihal.geometry.wide import extremes
 
@@ -74,6 +74,28 @@ def test_largest_values_of_several_matrices_at_once() -> None:
     torch.testing.assert_close(gram, torch.eye(gram.shape[1], dtype=torch.float64).expand_as(gram), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("kind", list(SPECTRA))
+def test_rounded_first_steps_cost_no_accuracy_and_at_most_a_stage(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stages: list[int] = []
+    filtered = subspace._filtered
+
+    def counted(*arguments):
+        stages.append(arguments[-1])
+        return filtered(*arguments)
+
+    monkeypatch.setattr(subspace, "_filtered", counted)
+    plain = largest_values(matrix(kind)[None])
+    without, rough = len(stages), any(stages)
+    monkeypatch.setattr(subspace, "_rounds", lambda device: True)
+    monkeypatch.setattr(subspace, "_rough_product", lambda m, block: m.float() @ block.to(m.dtype).float())
+    found = largest_values(matrix(kind)[None])
+    assert not rough
+    assert bool(found.settled[0]) or not bool(plain.settled[0])
+    assert len(stages) - without <= without + 1
+    assert any(stages) == (len(stages) > without)
+    assert float(found.values[0, 0]) == pytest.approx(float(SPECTRA[kind].max()), rel=5e-6)
+
+
 def test_a_value_that_has_not_converged_is_solved_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subspace, "_DEGREES", ())
     flat = matrix("flat")
@@ -128,7 +150,7 @@ def test_a_wide_layer_is_assessed_as_a_narrow_one(rank: str, monkeypatch: pytest
 def test_sums_in_half_precision_wait_in_fp32_and_come_to_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     from dihal.geometry import moments
 
-    monkeypatch.setattr(moments, "_native_half", lambda dtype, device: dtype == torch.bfloat16)
+    monkeypatch.setattr(moments, "native_half", lambda dtype, device: dtype == torch.bfloat16)
     monkeypatch.setattr(moments, "_half_product", lambda a, b: a.float() @ b.float())
     monkeypatch.setattr(moments, "_RECENT", 3)
     x = torch.randn(7 * 300, 40, generator=torch.Generator().manual_seed(0)).bfloat16()
