@@ -5,14 +5,18 @@
     python benchmarks/attribution.py --tiny             # random and tiny: only that everything runs
 
 One process, one batch of 10 pairs of 20 random tokens, EAP-IG with 5 points. In every round a plain forward, one point
-of the path (forward and backward) and the attribution of the batch are timed one after the other; a ratio is the
-median of the rounds' ratios, and all seconds are in the file. The plain forward makes logits at the last position only, as
-attribution does: with all of them it would be slower, and the ratio smaller. `--stability` scores edges again in bf16.
+of the path (forward and backward, without hooks) and the attribution of the batch are timed one after the other; a ratio is
+the median of the rounds' ratios, and all seconds are in the file. The plain forward is the library's own, never a graph, and
+makes logits at the last position only, as attribution does: with all of them it would be slower, and the ratio smaller.
+On a GPU attribution replays CUDA graphs from the third batch of a shape on: that is what the bar is held against, and
+the same without graphs, what the batch costs in which they are captured, and passes and contraction alone stand beside it.
+`--stability` scores edges again in bf16.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -27,9 +31,10 @@ from rich.table import Table
 
 from dihal.backbone import Backbone, load_backbone, random_backbone
 from dihal.circuits.adapters import Adapter, open_model
-from dihal.circuits.attribute import attribute
+from dihal.circuits.attribute import attribute, path_points, score_batch
 from dihal.circuits.metrics import logit_difference
 from dihal.circuits.overlap import edge_values, spearman, top_edges
+from dihal.circuits.passes import Plan, Room
 from dihal.circuits.tasks import build_task
 from dihal.circuits.types import PairBatch
 from dihal.io import write_json
@@ -117,26 +122,59 @@ class Cost:
         logits = self.adapter.logits(state, 0, self.batch.positions)
         torch.autograd.grad(logit_difference(logits.float(), self.batch).sum(), state)
 
-    def attribution(self) -> tuple[float, float]:
-        """Seconds of one batch; and with the identities that a run checks once, before its first batch."""
-        ends: list[float] = []
-        started = self.now()
-        # Told after every batch: between the two calls lies exactly one.
+    def attribution(self, graphs: bool) -> list[float]:
+        """Seconds of the same batch four times: with the checks of a run, with the capture, and twice as all later ones are."""
+        ends = [self.now()]
         attribute(
-            self.adapter, [self.batch, self.batch], steps=STEPS, batch_size=PROMPTS,
+            self.adapter, [self.batch] * 4, steps=STEPS, batch_size=PROMPTS, graphs=graphs,
             progress=lambda _: ends.append(self.now()),
         )  # fmt: skip
-        return ends[1] - ends[0], ends[0] - started
+        return [after - before for before, after in itertools.pairwise(ends)]
+
+    def parts(self, graphs: bool) -> tuple[float, float]:
+        """Seconds of the seven passes with their hooks and of the contraction, once graphs are captured."""
+        adapter = self.adapter
+        room = Room(adapter, graphs=graphs)
+        room.open()
+        with adapter.session():
+            plan = Plan(
+                adapter=adapter, spec=(spec := adapter.spec()), readers=room.readers(spec),
+                points=path_points("eap-ig", STEPS, "midpoint"), metric=logit_difference, contraction="factored",
+                noise_seed=0, chunk_bytes=1 << 30,
+            )  # fmt: skip
+            room.reserve(plan, [self.batch])
+            for _ in range(2):
+                score_batch(plan, room, self.batch)
+            ends = {
+                point: adapter.states(ids, spec.seam, sample_ids=self.batch.ids)
+                for point, ids in ((0.0, self.batch.corrupted), (1.0, self.batch.clean))
+            }
+            times = [self.now()]
+            passes, call = room.passes(plan, self.batch)
+            passes.enter(self.batch, ends)
+            for point, state in ends.items():
+                passes.run(state, point, None, call)
+            for point, weight in plan.points:
+                passes.run(torch.lerp(ends[0.0], ends[1.0], point), None, weight, call)
+            times.append(self.now())
+            passes.contract(call)
+            times.append(self.now())
+        return times[1] - times[0], times[2] - times[1]
 
     def rounds(self, count: int) -> dict[str, list[float]]:
         """Seconds of everything, in turn; the first round warms up and is left out."""
-        kinds: dict[str, list[float]] = {"forward": [], "point": [], "batch": [], "batch_with_checks": []}
+        kinds: dict[str, list[float]] = {}
         for index in range(1 + count):
-            forward, point = self.seconds(self.forward), self.seconds(self.point)
-            batch, checked = self.attribution()
+            row = {"forward": self.seconds(self.forward), "point": self.seconds(self.point)}
+            for graphs, name in ((True, ""), (False, "_eager")):
+                checked, second, *later = self.attribution(graphs)
+                row[f"batch{name}"], row[f"batch_with_checks{name}"] = statistics.median(later), checked
+                if graphs:
+                    row["batch_with_capture"] = second
+                row[f"passes{name}"], row[f"contraction{name}"] = self.parts(graphs)
             if index:
-                for name, value in zip(kinds, (forward, point, batch, checked), strict=True):
-                    kinds[name].append(value)
+                for name, value in row.items():
+                    kinds.setdefault(name, []).append(value)
         return kinds
 
 
@@ -151,9 +189,35 @@ def timed(found: Findings, cost: Cost, count: int, goal_seconds: float | None) -
     found.add("plain forward, seconds", statistics.median(seconds["forward"]))
     found.add("attribution, seconds", statistics.median(seconds["batch"]), goal=goal_seconds)
     found.add("attribution, x plain forward", ratio("batch"), bar=16.0, goal=13.0)
-    found.add("its passes alone, x plain forward", ratio("point", 2, STEPS))
+    found.add("its passes, x plain forward", ratio("passes"))
+    found.add("its contraction, x plain forward", ratio("contraction"))
+    found.add("without graphs, x plain forward", ratio("batch_eager"))
+    found.add("its passes without graphs, x plain forward", ratio("passes_eager"))
+    found.add("its contraction without graphs, x plain forward", ratio("contraction_eager"))
+    found.add("bare passes without hooks or graphs, x plain forward", ratio("point", 2, STEPS))
     found.add("with the checks of a run, x plain forward", ratio("batch_with_checks"))
+    if cost.adapter.device.type == "cuda":
+        extra = [a - b for a, b in zip(seconds["batch_with_capture"], seconds["batch"], strict=True)]
+        found.add("capture, once per shape, seconds", statistics.median(extra))
+    else:
+        found.add("capture, once per shape, seconds", "no graphs on a CPU")
     return seconds
+
+
+def agreement(found: Findings, cost: Cost) -> None:
+    """Largest difference of scores with and without graphs, relative to the largest score."""
+    name = "scores with and without graphs, relative"
+    if cost.adapter.device.type != "cuda":
+        found.add(name, "no graphs on a CPU")
+        return
+    tables = []
+    for graphs in (True, False):
+        room = Room(cost.adapter, graphs=graphs)
+        # The third time, so that all of it is replayed.
+        for _ in range(3):
+            scores = attribute(cost.adapter, [cost.batch], steps=STEPS, batch_size=PROMPTS, room=room)
+        tables.append(scores.scores)
+    found.add(name, float(abs(tables[0] - tables[1]).max() / abs(tables[1]).max()))
 
 
 def counted(found: Findings, cost: Cost) -> None:
@@ -173,14 +237,19 @@ def memory(found: Findings, cost: Cost, weights: int) -> dict[str, int] | None:
     torch.cuda.reset_peak_memory_stats(adapter.device)
     cost.point()
     one = torch.cuda.max_memory_allocated(adapter.device) - weights
-    scores = attribute(adapter, [cost.batch], steps=STEPS, batch_size=PROMPTS)
+    # Three times, so that graphs are captured and replayed: their pool counts.
+    scores = attribute(adapter, [cost.batch] * 3, steps=STEPS, batch_size=PROMPTS)
+    eager = attribute(adapter, [cost.batch], steps=STEPS, batch_size=PROMPTS, graphs=False)
     assert scores.peak_bytes is not None
+    assert eager.peak_bytes is not None
     item = torch.finfo(adapter.dtype).bits // 8
     # What every writer writes, in the model's type.
     store = PROMPTS * TOKENS * scores.spec.n_writers * adapter.width * item
     found.add(name, scores.peak_bytes / (weights + one + store), bar=1.2)
     found.add("peak memory, x the same without weights", (scores.peak_bytes - weights) / (one + store))
-    return {"weights": weights, "forward_backward": one, "writer_store": store, "peak": scores.peak_bytes}
+    found.add("peak memory without graphs, x weights + one point + writers", eager.peak_bytes / (weights + one + store))
+    sizes = {"weights": weights, "forward_backward": one, "writer_store": store}
+    return {**sizes, "peak": scores.peak_bytes, "peak_eager": eager.peak_bytes}
 
 
 def invariance(found: Findings, cost: Cost) -> None:
@@ -279,6 +348,7 @@ def main() -> None:
         "seconds": seconds,
         "memory": memory(found, cost, backbone.weight_bytes),
     }
+    agreement(found, cost)
     invariance(found, cost)
     if arguments.stability:
         # Which edges are on top means something for a model that can read, and runs without it for another.

@@ -208,10 +208,12 @@ class Adapter:
         mask = self._mask(attention, *input_ids.shape)
         return view(input_ids=input_ids, attention_mask=mask, use_cache=False)[0]
 
-    def features(self, state: State, seam: int, *, attention: Attention = "causal") -> State:
-        """Blocks from the seam on, and the final norm."""
+    def features(
+        self, state: State, seam: int, *, attention: Attention = "causal", mask: Tensor | None = None
+    ) -> State:
+        """Blocks from the seam on, and the final norm; ``mask`` (additive, batch x 1 x time x time) goes before ``attention``."""
         view = suffix_view(self.decoder, self.layout, seam, state)
-        mask = self._mask(attention, state.shape[0], state.shape[1])
+        mask = self._mask(attention, state.shape[0], state.shape[1]) if mask is None else mask
         return view(inputs_embeds=state.detach(), attention_mask=mask, use_cache=False)[0]
 
     def logits(
@@ -221,9 +223,10 @@ class Adapter:
         positions: Int[Tensor, "batch targets"],
         *,
         attention: Attention = "causal",
+        mask: Tensor | None = None,
     ) -> Float[Tensor, "batch targets vocab"]:
-        """Logits at the given positions, and only there."""
-        features = self.features(state, seam, attention=attention)
+        """Logits at the given positions, and only there; ``mask`` as in `features`."""
+        features = self.features(state, seam, attention=attention, mask=mask)
         rows = torch.arange(len(features), device=features.device)[:, None]
         return self.head(features[rows, positions])
 

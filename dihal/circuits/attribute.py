@@ -10,17 +10,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from dihal.circuits.adapters import Adapter, KeyValue, open_model
-from dihal.circuits.capture import Capture, Record
-from dihal.circuits.contraction import Contraction, Delta, Gathered, Generic, Readers, contract, fast_products
-from dihal.circuits.graph import GraphSpec
-from dihal.circuits.metrics import logit_difference, solved
+from dihal.circuits.contraction import Contraction
+from dihal.circuits.metrics import logit_difference
+from dihal.circuits.passes import Plan, Room
 from dihal.circuits.patching import logits_residuals
 from dihal.circuits.tally import BatchScores, Tally
 from dihal.circuits.types import EdgeScores, Metric, PairBatch
@@ -40,20 +38,6 @@ TOLERANCE: dict[torch.dtype, float] = {
     torch.float16: 0.05,
 }
 """Largest relative error of the asserted identities by type of the weights: rounding of the model's own runs, not of the scores."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Plan:
-    """What is done to every batch."""
-
-    adapter: Adapter
-    spec: GraphSpec
-    readers: Readers
-    points: list[tuple[float, float]]
-    metric: Metric
-    contraction: Contraction
-    noise_seed: int
-    chunk_bytes: int
 
 
 def path_points(method: str, steps: int, rule: str) -> list[tuple[float, float]]:
@@ -92,6 +76,8 @@ def attribute(
     batch_size: int = 16,
     chunk_bytes: int = 1 << 30,
     parts: int = 8,
+    graphs: bool = True,
+    room: Room | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> EdgeScores:
     """Score every edge of a model on pairs of prompts.
@@ -111,6 +97,8 @@ def attribute(
         batch_size: pairs at once at most; memory, not results.
         chunk_bytes: writers held at once at most; memory, not results.
         parts: number of groups of prompts whose mean scores are kept; 0: none.
+        graphs: on CUDA, batches of a shape that has come before are replayed as CUDA graphs where that is possible.
+        room: of the same adapter: graphs of earlier calls serve this one; None: each call makes its own.
         progress: called with the number of pairs done after every batch.
 
     Raises:
@@ -131,14 +119,17 @@ def attribute(
     spec = adapter.spec(kv=kv, seam=seam if path == "seam" else adapter.seam)
     points = path_points(method, steps, rule)
     tally = Tally(spec, parts, adapter.device)
-    if adapter.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(adapter.device)
+    room = Room(adapter, graphs=graphs) if room is None else room
+    if room.adapter is not adapter:
+        raise UsageError("this room is another model's. Make one for this adapter: Room(adapter).")
+    room.open()
+    peak = _Peak(adapter.device)
     started = time.perf_counter()
     with adapter.session(), adapter.readers(kv):
-        plan = _Plan(
+        plan = Plan(
             adapter=adapter,
             spec=spec,
-            readers=Readers(adapter, spec),
+            readers=room.readers(spec),
             points=points,
             metric=metric,
             contraction=contraction,
@@ -146,18 +137,19 @@ def attribute(
             chunk_bytes=chunk_bytes,
         )
         tally.residuals |= _check(plan, pairs[0])
-        for whole in pairs:
-            for first in range(0, len(whole), batch_size):
-                batch = whole.rows(first, first + batch_size).to(adapter.device)
-                found = score_batch(plan, batch)
-                _require("reader_sums", found.sums, adapter)
-                tally.add(found, batch.ids)
-                if progress is not None:
-                    progress(len(batch))
+        batches = [whole.rows(at, at + batch_size) for whole in pairs for at in range(0, len(whole), batch_size)]
+        room.reserve(plan, batches)
+        for one in batches:
+            batch, held = one.to(adapter.device), room.held_bytes
+            found = score_batch(plan, room, batch)
+            _require("reader_sums", found.sums, adapter)
+            tally.add(found, batch.ids)
+            peak.add(held)
+            if progress is not None:
+                progress(len(batch))
     scores = tally.scores()
     scores.seconds = time.perf_counter() - started
-    if adapter.device.type == "cuda":
-        scores.peak_bytes = torch.cuda.max_memory_allocated(adapter.device)
+    scores.peak_bytes = peak.bytes
     scores.method, scores.path = method, path
     scores.steps, scores.rule = (steps, rule) if method == "eap-ig" else (len(points), "")
     scores.details = {
@@ -166,6 +158,22 @@ def attribute(
         "noise_seed": noise_seed,
     }
     return scores if scores.spec.seam == seam else scores.contract(seam)
+
+
+class _Peak:
+    """Peak device memory; None where it is not counted."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.bytes: int | None = None
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def add(self, held: int) -> None:
+        """Count what has been allocated since the last call, and what graphs keep for themselves besides."""
+        if self.device.type == "cuda":
+            self.bytes = max(self.bytes or 0, torch.cuda.max_memory_allocated(self.device) + held)
+            torch.cuda.reset_peak_memory_stats(self.device)
 
 
 def _require(name: str, residual: float, adapter: Adapter) -> None:
@@ -177,7 +185,7 @@ def _require(name: str, residual: float, adapter: Adapter) -> None:
         )
 
 
-def _check(plan: _Plan, batch: PairBatch) -> dict[str, float]:
+def _check(plan: Plan, batch: PairBatch) -> dict[str, float]:
     """Full circuit = clean run and empty circuit = corrupted run, on the first prompts."""
     batch = batch.rows(0, 2).to(plan.adapter.device)
     residuals = logits_residuals(plan.adapter, plan.spec, batch, noise_seed=plan.noise_seed)
@@ -186,7 +194,7 @@ def _check(plan: _Plan, batch: PairBatch) -> dict[str, float]:
     return residuals
 
 
-def score_batch(plan: _Plan, batch: PairBatch) -> BatchScores:
+def score_batch(plan: Plan, room: Room, batch: PairBatch) -> BatchScores:
     """Scores of one batch on the model's device. Passes: one forward per end, and one forward and backward per point.
 
     A point that is an end of the path shares that end's forward.
@@ -196,48 +204,23 @@ def score_batch(plan: _Plan, batch: PairBatch) -> BatchScores:
         0.0: adapter.states(batch.corrupted, spec.seam, attention=batch.attention, role="corrupted", **keys),
         1.0: adapter.states(batch.clean, spec.seam, attention=batch.attention, role="clean", **keys),
     }
-    passes = {"forward": 0, "backward": 0}
-    records: dict[float, Record] = {}
-    metrics: dict[float, Tensor] = {}
     weights = dict(plan.points)
-    generic, readers = plan.contraction == "generic", plan.readers
-    gathered = (Generic if generic else Gathered)(readers, len(weights))
-    # The generic form is a reference: it takes nothing of a norm for granted.
-    with Capture(adapter, spec.seam, None if generic else (readers.attention, readers.wide)) as capture:
-        # Ends first: their records are needed whole, those of the points between them only until they are gathered.
-        for point in [0.0, 1.0, *(point for point in weights if point not in ends)]:
-            with_gradient, is_end = point in weights, point in ends
-            # Rounded once: with both ends equal, every point of the path is that end.
-            state = ends[point] if is_end else torch.lerp(ends[0.0], ends[1.0], point)
-            record = capture.start(writers=is_end, readers=with_gradient)
-            with torch.set_grad_enabled(with_gradient):
-                state = state.detach().requires_grad_(with_gradient)
-                logits = adapter.logits(state, spec.seam, batch.positions, attention=batch.attention)
-                values = plan.metric(logits.to(adapter.work_dtype), batch)
-            passes["forward"] += 1
-            if with_gradient:
-                gathered.add(record, capture.gradients(values.sum()), weights[point])
-                record.projected, record.normed = {}, {}
-                passes["backward"] += 1
-            if is_end:
-                records[point] = record
-                metrics[point] = values.detach()
-            if point == 1.0:
-                right = solved(logits.detach(), batch)
-                change = ends[0.0].to(adapter.work_dtype) - ends[1.0]
-                delta = Delta.between(records.pop(0.0), records.pop(1.0), change, adapter.work_dtype)
-            # Nothing of a run may live on beside the next one.
-            capture.start(writers=False, readers=False)
-            del record, logits, values
-    with fast_products(adapter.dtype):
-        contracted = contract(delta, gathered, plan.chunk_bytes)
+    passes, call = room.passes(plan, batch)
+    passes.enter(batch, ends)
+    metrics: dict[float, tuple[Tensor, Tensor]] = {}
+    points = [0.0, 1.0, *(point for point in weights if point not in ends)]
+    for point in points:
+        # Rounded once: with both ends equal, every point of the path is that end.
+        state = ends[point] if point in ends else torch.lerp(ends[0.0], ends[1.0], point)
+        metrics[point] = passes.run(state, point if point in ends else None, weights.get(point), call)
+    scores, totals = passes.contract(call)
     return BatchScores(
-        scores=contracted.scores,
-        clean=metrics[1.0],
-        corrupted=metrics[0.0],
-        solved=right,
-        passes=passes,
-        sums=_sum_error(contracted.scores, contracted.totals),
+        scores=scores,
+        clean=metrics[1.0][0],
+        corrupted=metrics[0.0][0],
+        solved=metrics[1.0][1],
+        passes={"forward": len(points), "backward": len(weights)},
+        sums=_sum_error(scores, totals),
     )
 
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
 
 from dihal.circuits.graph import align
+from dihal.circuits.neurons import participation_ratio
 from dihal.circuits.nulls import blocks_of, halves, permutation_null, stability
 from dihal.circuits.overlap import (
     Estimate,
@@ -22,6 +22,7 @@ from dihal.circuits.overlap import (
     corrected,
     edge_values,
     jaccard,
+    jaccards,
     part_weights,
     require_parts,
     resampled_edges,
@@ -56,7 +57,7 @@ class Comparison:
     overlap: list[dict[str, Any]]
     """Per K: J with interval, chance, layer-preserving nulls, ceiling, corrected J."""
     whole: dict[str, Any]
-    """Weighted Jaccard and Spearman over all edges, with their split-half ceilings."""
+    """Weighted Jaccard and Spearman over all edges, with their split-half ceilings; how concentrated scores are."""
     components: dict[str, Any]
     depth: dict[str, Any]
     function: dict[str, Any] = field(default_factory=dict)
@@ -122,7 +123,7 @@ def _overlap(first: EdgeScores, second: EdgeScores, config: OverlapConfig) -> li
     ks = budgets(total, config.ks, config.fractions)
     a, b = (edge_values(s.spec, s.scores) for s in (first, second))
     split = halves(first, second, ks)
-    again = np.array(_resampled(first, second, config, lambda x, y: _jaccards(x, y, ks)))
+    again = np.array(_resampled(first, second, config, lambda x, y: jaccards(x, y, ks)))
     same = [stability(s, ks, config.resamples, config.seed) for s in (first, second)]
     rows = []
     for place, (k, half) in enumerate(zip(ks.tolist(), split, strict=True)):
@@ -151,17 +152,6 @@ def _overlap(first: EdgeScores, second: EdgeScores, config: OverlapConfig) -> li
     return rows
 
 
-def _jaccards(
-    a: Float[np.ndarray, " edges"], b: Float[np.ndarray, " edges"], ks: Int[np.ndarray, " budgets"]
-) -> list[float]:
-    order_a, order_b = (np.argsort(-np.abs(values), kind="stable") for values in (a, b))
-    rank_a, rank_b = np.empty(len(a), dtype=np.int64), np.empty(len(b), dtype=np.int64)
-    rank_a[order_a], rank_b[order_b] = np.arange(len(a)), np.arange(len(b))
-    # An edge is shared at K when the worse of its two ranks is below K: one sort serves all K.
-    shared = np.searchsorted(np.sort(np.maximum(rank_a, rank_b)), ks)
-    return list(shared / (2 * ks - shared))
-
-
 def _whole(first: EdgeScores, second: EdgeScores, config: OverlapConfig) -> dict[str, Any]:
     a, b = (edge_values(s.spec, s.scores) for s in (first, second))
     halves_a, halves_b = ([edge_values(s.spec, half) for half in s.halves] for s in (first, second))
@@ -175,6 +165,28 @@ def _whole(first: EdgeScores, second: EdgeScores, config: OverlapConfig) -> dict
             "halves": {"first": within[0], "second": within[1], "across": float(across)},
             "ceiling": float(np.sqrt(max(0.0, within[0]) * max(0.0, within[1]))),
         }
+    return found
+
+
+def _concentration(first: EdgeScores, second: EdgeScores, config: OverlapConfig) -> dict[str, Any]:
+    """How many edges and components carry the scores (participation ratio), and the base-2 logarithm of second over first."""
+    found = {}
+    tables: dict[str, Callable[[EdgeScores, np.ndarray], np.ndarray]] = {
+        "edges": lambda scores, table: edge_values(scores.spec, table),
+        "components": lambda scores, table: component_scores(scores.spec, table),
+    }
+    for name, values in tables.items():
+        models, again = [], []
+        for scores in (first, second):
+            parts = require_parts(scores).astype(np.float64)
+            weights = part_weights(scores.part_counts, config.resamples, config.seed)
+            models.append(participation_ratio(values(scores, scores.scores)))
+            again.append(
+                np.array([participation_ratio(values(scores, np.tensordot(row, parts, 1))) for row in weights])
+            )
+        change = Estimate.of(float(np.log2(models[1] / models[0])), np.log2(again[1] / again[0]), config.confidence)
+        each = [Estimate.of(value, many, config.confidence).record() for value, many in zip(models, again)]
+        found[name] = {"first": each[0], "second": each[1], "change": change.record()}
     return found
 
 
@@ -256,7 +268,7 @@ def compare_scores(first: EdgeScores, second: EdgeScores, config: OverlapConfig)
     return Comparison(
         edges=first.spec.n_edges,
         overlap=_overlap(first, second, config),
-        whole=_whole(first, second, config),
+        whole={**_whole(first, second, config), "concentration": _concentration(first, second, config)},
         components=_components(first, second, config),
         depth=_depth(first, second, config),
     )

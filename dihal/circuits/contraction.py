@@ -18,13 +18,13 @@ Layouts: writers (batch, writers, time, dim), so that position and width contrac
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from dihal.circuits.adapters import Adapter
@@ -32,7 +32,7 @@ from dihal.circuits.capture import Record
 from dihal.circuits.graph import GraphSpec
 from dihal.circuits.norms import Norm
 
-__all__ = ["Contracted", "Contraction", "Delta", "Gathered", "Readers", "contract", "fast_products"]
+__all__ = ["Contracted", "Contraction", "Delta", "Gathered", "Readers", "contract", "fast_products", "product_type"]
 
 Contraction = Literal["factored", "generic"]
 
@@ -57,6 +57,21 @@ def fast_products(dtype: torch.dtype) -> Iterator[None]:
         setting.fp32_precision = before
 
 
+def product_type(adapter: Adapter) -> torch.dtype:
+    """Type in which writers and readers are multiplied and summed over positions and width.
+
+    The sum of an edge has thousands of terms that cancel. Some GPUs multiply in fp64 as fast as in fp32, so that for a
+    model in fp32 the sum costs no more when it is exact; elsewhere, and for rougher models, the working type.
+    """
+    device = adapter.device
+    exact = device.type == "cuda" and torch.cuda.get_device_capability(device) in _FULL_RATE
+    return torch.float64 if exact and adapter.dtype == torch.float32 else adapter.work_dtype
+
+
+_FULL_RATE = ((8, 0), (9, 0))
+"""Compute capabilities with matrix units for fp64 of the speed of fp32: A100, H100 and H200."""
+
+
 @dataclass
 class Delta:
     """Corrupted minus clean in the working type: what each component writes, and what each site reads."""
@@ -69,35 +84,46 @@ class Delta:
     inputs: Float[Tensor, "sites batch time dim"]
 
     @classmethod
-    def between(cls, corrupted: Record, clean: Record, state: Tensor, dtype: torch.dtype) -> Delta:
-        """Differences of two records, which are emptied: both need not be held beside them."""
+    def empty(cls, adapter: Adapter, spec: GraphSpec, rows: int, time: int, take: Callable[..., Tensor]) -> Delta:
+        """Room for a batch; ``take`` gives tensors by shape and type."""
+        dtype, dim = adapter.work_dtype, adapter.width
 
-        def subtract(name: str) -> Tensor | None:
-            ours, theirs = getattr(corrupted, name), getattr(clean, name)
-            if not ours:
-                return None
-            change = _stack(ours).to(dtype).sub_(_stack(theirs))
-            ours.clear()
-            theirs.clear()
-            return change
+        def room(sites: int, width: int) -> Tensor:
+            return take(sites, rows, time, width, dtype=dtype)
 
-        names = ("heads", "mlps", "attention_inputs", "inputs")
-        return cls(state.to(dtype), *(subtract(name) for name in names))  # type: ignore[arg-type]
+        return cls(
+            take(rows, time, dim, dtype=dtype),
+            room(spec.depth, spec.heads * adapter.head_dim),
+            room(spec.depth, dim) if spec.mlps else None,
+            room(spec.depth, dim),
+            room(spec.depth * spec.mlps + 1, dim),
+        )
+
+    def add(self, record: Record, live: Float[Tensor, " 1"], *, first: bool) -> None:
+        """Take in the corrupted run (first) or subtract the clean one, ``live`` (1 or 0) times; the record is emptied."""
+        for name in ("heads", "mlps", "attention_inputs", "inputs"):
+            found, own = getattr(record, name), getattr(self, name)
+            if own is not None:
+                if first:
+                    own.copy_(_stack(found))
+                else:
+                    own.addcmul_(_stack(found).to(own.dtype), live, value=-1)
+                found.clear()
 
     def writers(
-        self, adapter: Adapter, spec: GraphSpec, first: int, last: int
+        self, adapter: Adapter, spec: GraphSpec, first: int, last: int, dtype: torch.dtype
     ) -> Float[Tensor, "batch writers time dim"]:
         """What the blocks ``first`` .. ``last - 1`` write, preceded by the state if ``first`` is the seam."""
         batch, time, dim = self.state.shape
         start, blocks = int(first == spec.seam), slice(first - spec.seam, last - spec.seam)
-        out = self.state.new_empty(batch, start + (last - first) * spec.writers_per_layer, time, dim)
+        out = self.state.new_empty(batch, start + (last - first) * spec.writers_per_layer, time, dim, dtype=dtype)
         if start:
             out[:, 0] = self.state
         if self.mlps is not None:
             out[:, start + spec.heads :: spec.writers_per_layer] = self.mlps[blocks].transpose(0, 1)
         heads = self.heads[blocks].unflatten(-1, (spec.heads, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3)
         for index, narrow in enumerate(heads):
-            written = torch.bmm(narrow, adapter.output_weight(first + index).to(out.dtype))
+            written = torch.bmm(narrow, adapter.output_weight(first + index).to(narrow.dtype))
             place = start + index * spec.writers_per_layer
             out[:, place : place + spec.heads] = written.view(spec.heads, batch, time, dim).transpose(0, 1)
         return out
@@ -153,56 +179,65 @@ class Gathered:
     Args:
         readers: of the graph.
         points: number of points to come.
+        rows, time: shape of the batch.
+        take: gives tensors by shape and type.
     """
 
-    def __init__(self, readers: Readers, points: int) -> None:
+    def __init__(self, readers: Readers, points: int, rows: int, time: int, take: Callable[..., Tensor]) -> None:
         self.readers = readers
-        self.points = points
-        self.done = 0
-        self.heads: Tensor | None = None
+        adapter, spec, dtype = readers.adapter, readers.spec, readers.dtype
+        count, dim = spec.heads + 2 * spec.kv_readers, adapter.width
+        self.heads = take(spec.depth, rows, time, count * adapter.head_dim, dtype=dtype)
         """Sum of weight r g, (layers, batch, time, readers * head_dim)."""
+        self.wide = take(len(readers.norms), rows, time, dim, dtype=dtype)
+        """Gradients of MLPs and logits themselves, (sites, batch, time, dim)."""
         self.hats: Tensor | None = None
         """xhat of every point in the model's type, (layers, batch, time, points, dim)."""
         self.shrink: Tensor | None = None
         """weight (r / d) (g . q) of every point, (layers, batch, time, readers, points)."""
-        self.wide: Tensor | None = None
-        """Gradients of MLPs and logits themselves, (sites, batch, time, dim)."""
+        if readers.attention.gain is not None:
+            self.hats = take(spec.depth, rows, time, points, dim, dtype=adapter.dtype)
+            self.shrink = take(spec.depth, rows, time, count, points, dtype=dtype)
 
-    def add(self, record: Record, gradients: Record, weight: float) -> None:
-        """Add one point of the path; both records are emptied."""
-        self._add_wide(record, gradients, weight)
-        self._add_attention(record, gradients, weight)
-        self.done += 1
+    def clear(self) -> None:
+        """Begin with another batch."""
+        self.heads.zero_()
+        self.wide.zero_()
 
-    def _add_wide(self, record: Record, gradients: Record, weight: float) -> None:
+    def add(
+        self, record: Record, gradients: Record, weight: float, step: Int[Tensor, " 1"], live: Float[Tensor, " 1"]
+    ) -> None:
+        """Add one point of the path, the ``step``-th, ``live`` (1 or 0) times; both records are emptied."""
+        self._add_wide(record, gradients, weight, live)
+        self._add_attention(record, gradients, weight, step, live)
+
+    @torch.no_grad()
+    def _add_wide(self, record: Record, gradients: Record, weight: float, live: Tensor) -> None:
         norm, dtype = self.readers.wide, self.readers.dtype
         hat, scale = norm.normalise(_stack(record.inputs).to(dtype))
         pulled = norm.pull_back(_stack(gradients.normed).to(dtype), hat, scale * weight)
         gradients.normed.clear()
-        self.wide = pulled if self.wide is None else self.wide.add_(pulled)
+        self.wide.addcmul_(pulled, live)
 
-    def _add_attention(self, record: Record, gradients: Record, weight: float) -> None:
+    @torch.no_grad()
+    def _add_attention(self, record: Record, gradients: Record, weight: float, step: Tensor, live: Tensor) -> None:
         readers, size = self.readers, self.readers.adapter.head_dim
         hat, scale = readers.attention.normalise(_stack(record.attention_inputs).to(readers.dtype))
         scaled = _join(gradients.projected).to(readers.dtype).mul_(scale * weight)
         gradients.projected.clear()
-        if readers.attention.gain is not None:
+        if self.hats is not None and self.shrink is not None:
             output = _join(record.projected)
             record.projected.clear()
             output = output if readers.offsets is None else output.to(readers.dtype) - readers.offsets
             along = (scaled * output).unflatten(-1, (-1, size)).sum(-1).div_(hat.shape[-1])
             del output
-            if self.hats is None or self.shrink is None:
-                shape = hat.shape[:3]
-                self.hats = hat.new_empty(*shape, self.points, hat.shape[-1], dtype=readers.adapter.dtype)
-                self.shrink = hat.new_empty(*along.shape, self.points)
-            self.hats[..., self.done, :] = hat
-            self.shrink[..., self.done] = along
-        self.heads = scaled if self.heads is None else self.heads.add_(scaled)
+            # By an index on the device: a number of the host would be the same in every replay of a graph.
+            self.hats.index_copy_(3, step, hat.to(self.hats.dtype).unsqueeze(3))
+            self.shrink.index_copy_(4, step, along.unsqueeze(4))
+        self.heads.addcmul_(scaled, live)
 
     def attention(self, layer: int) -> Float[Tensor, "batch readers time dim"]:
         """Reader gradients of an attention."""
-        assert self.heads is not None
         site, adapter = layer - self.readers.spec.seam, self.readers.adapter
         narrow = self.heads[site].unflatten(-1, (-1, adapter.head_dim))
         batch, time, count, _ = narrow.shape
@@ -219,16 +254,22 @@ class Gathered:
 class Generic(Gathered):
     """The same with every reader's gradient pulled through the norm itself; memory grows with readers. The reference."""
 
-    def __init__(self, readers: Readers, points: int) -> None:
-        super().__init__(readers, points)
+    def __init__(self, readers: Readers, points: int, rows: int, time: int, take: Callable[..., Tensor]) -> None:
+        super().__init__(readers, points, rows, time, take)
         self.full: dict[int, Tensor] = {}
 
-    def _add_wide(self, record: Record, gradients: Record, weight: float) -> None:
-        places = zip(self.readers.norms, record.inputs.values(), gradients.normed.values(), strict=True)
-        pulled = weight * torch.stack([_vjp(module, x, g.to(self.readers.dtype)) for module, x, g in places])
-        self.wide = pulled if self.wide is None else self.wide + pulled
+    def clear(self) -> None:
+        """Begin with another batch."""
+        super().clear()
+        self.full.clear()
 
-    def _add_attention(self, record: Record, gradients: Record, weight: float) -> None:
+    @torch.no_grad()
+    def _add_wide(self, record: Record, gradients: Record, weight: float, live: Tensor) -> None:
+        places = zip(self.readers.norms, record.inputs.values(), gradients.normed.values(), strict=True)
+        self.wide.add_(weight * torch.stack([_vjp(module, x, g.to(self.readers.dtype)) for module, x, g in places]))
+
+    @torch.no_grad()
+    def _add_attention(self, record: Record, gradients: Record, weight: float, step: Tensor, live: Tensor) -> None:
         readers, size = self.readers, self.readers.adapter.head_dim
         for module, (layer, x) in zip(readers.attention_norms, record.attention_inputs.items(), strict=True):
             gradient = torch.cat(gradients.projected[layer], -1).to(readers.dtype).unflatten(-1, (-1, size)) * weight
@@ -267,23 +308,23 @@ class Contracted(NamedTuple):
     totals: Float[Tensor, "batch readers"]
 
 
-def contract(delta: Delta, gathered: Gathered, chunk_bytes: int) -> Contracted:
+def contract(delta: Delta, gathered: Gathered, chunk_bytes: int, dtype: torch.dtype | None = None) -> Contracted:
     """Scores of a batch.
 
     Args:
         delta: what is written.
         gathered: what is read.
         chunk_bytes: size up to which writers are held at once (one block's at least).
+        dtype: of products and scores; None: the working type.
     """
     readers, spec = gathered.readers, gathered.readers.spec
-    assert gathered.wide is not None
-    scores = delta.state.new_zeros(len(delta.state), spec.n_writers, spec.n_readers)
+    dtype = delta.state.dtype if dtype is None else dtype
+    scores = delta.state.new_zeros(len(delta.state), spec.n_writers, spec.n_readers, dtype=dtype)
     totals = scores.new_empty(len(scores), spec.n_readers)
-    wide = gathered.wide.transpose(0, 1).flatten(2)
-    gathered.wide = None
+    wide = gathered.wide.transpose(0, 1).flatten(2).to(dtype)
     _place(totals, (delta.inputs.transpose(0, 1).flatten(2) * wide).sum(-1), spec)
     for first, last in _chunks(spec, delta, chunk_bytes):
-        writers = delta.writers(readers.adapter, spec, first, last).flatten(2)
+        writers = delta.writers(readers.adapter, spec, first, last, dtype).flatten(2)
         start = 0 if first == spec.seam else spec.writer_at(first)
         rows = scores[:, start : start + writers.shape[1]]
         _place(rows, torch.bmm(writers, wide.mT), spec)
@@ -294,11 +335,11 @@ def contract(delta: Delta, gathered: Gathered, chunk_bytes: int) -> Contracted:
             if seen <= 0 and not whole:
                 continue
             place = slice(spec.reader_at(layer), spec.reader_at(layer) + spec.heads + 2 * spec.kv_readers)
-            read = gathered.attention(layer).flatten(2)
+            read = gathered.attention(layer).flatten(2).to(dtype)
             rows[:, :seen, place] = torch.bmm(writers[:, :seen], read.mT)
             if whole:
                 # The first chunk comes by every layer: the same reader gradient serves the check.
-                change = delta.attention_inputs[layer - spec.seam].flatten(1)[..., None]
+                change = delta.attention_inputs[layer - spec.seam].flatten(1)[..., None].to(dtype)
                 totals[:, place] = torch.bmm(read, change)[..., 0]
     return Contracted(scores.mul_(readers.mask), totals)
 

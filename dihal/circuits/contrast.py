@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from jaxtyping import Float
 from rich.console import Console
 
 from dihal.circuits.compare import Comparison, compare_scores
@@ -14,7 +16,7 @@ from dihal.circuits.metrics import find_metric
 from dihal.circuits.overlap import Estimate
 from dihal.circuits.report import Run, compare_neurons, load_run, save_comparison
 from dihal.circuits.run import progress_bar, run_on
-from dihal.circuits.seam import perturbed, seam_error
+from dihal.circuits.seam import perturbed, remembered, seam_error
 from dihal.circuits.subject import Subject, open_subject, subject_of, task_for
 from dihal.circuits.tasks import Task
 from dihal.circuits.transfer import Party, Running, ablations, transfer
@@ -29,6 +31,7 @@ from dihal.config.circuits import (
 )
 from dihal.config.convert import config_hash, from_dict, to_dict
 from dihal.errors import UsageError
+from dihal.geometry.intervals import resample_documents
 from dihal.provenance import provenance
 
 __all__ = ["compare", "contrast", "draw_comparison", "hybrid", "hybrid_on"]
@@ -72,18 +75,31 @@ def _evidence(
     )
 
 
-def _lens(runs: tuple[Run, Run]) -> dict[str, Any]:
+def _lens(runs: tuple[Run, Run], config: OverlapConfig) -> dict[str, Any]:
     first, second = (run.details.get("lens") or {} for run in runs)
     if not first or not second:
         return {}
     medians = [part["median_specialisation"] for part in (first, second)]
-    known = all(value is not None for value in medians)
+    difference = Estimate(value=None)
+    if all(value is not None for value in medians):
+        # Over components, for the runs keep medians over prompts: how much the choice of components matters.
+        drawn = [
+            _medians(np.array(part["specialisation"]), config.resamples, config.seed + i)
+            for i, part in enumerate((first, second))
+        ]
+        difference = Estimate.of(medians[1] - medians[0], drawn[1] - drawn[0], config.confidence)
     return {
         "first": first,
         "second": second,
         "median_specialisation": medians,
-        "difference": medians[1] - medians[0] if known else None,
+        "difference": difference.value,
+        "difference_interval": [difference.low, difference.high],
     }
+
+
+def _medians(values: Float[np.ndarray, " components"], resamples: int, seed: int) -> Float[np.ndarray, " resamples"]:
+    counts = resample_documents(len(values), resamples, seed).long().numpy()
+    return np.array([np.median(np.repeat(values, row)) for row in counts])
 
 
 def contrast(
@@ -117,11 +133,13 @@ def contrast(
     shares = tuple(sorted({*overlap.fractions, verdict.fraction}))
     scores = [run.scores for run in runs]
     comparison = compare_scores(scores[0], scores[1], replace(overlap, fractions=shares))
-    comparison.lens, comparison.neurons = _lens(runs), compare_neurons(*runs)
+    comparison.lens, comparison.neurons = _lens(runs, overlap), compare_neurons(*runs, overlap)
     if parties is not None:
         assert how is not None
         circuits = 2 * len({*fractions, verdict.fraction}) + 4
-        total = sum(circuits * sum(-(-len(batch) // 16) for batch in p.pairs) * len(p.seeds) for p in parties)
+        total = sum(
+            circuits * sum(-(-len(batch) // how.batch_size) for batch in p.pairs) * len(p.seeds) for p in parties
+        )
         with progress_bar(progress, "circuits run", total) as step:
             comparison.function = transfer(*parties, fractions, verdict.fraction, how, progress=step)
         if count:
@@ -202,6 +220,7 @@ def compare(config: CircuitsCompareConfig, *, console: Console | None = None) ->
         how = Running(
             metric=find_metric(made.task.metric),
             ablation=made.running.ablation,
+            batch_size=made.task.batch_size,
             resamples=config.bootstrap,
             confidence=config.overlap.confidence,
             seed=config.overlap.seed,
@@ -261,11 +280,18 @@ def hybrid_on(opened: Subject, config: CircuitsHybridConfig, *, console: Console
     plain = subject_of(backbone, backbone, about={"model": backbone.reference.id})
     task = task_for(opened, config.task, config.load)
     test = task.pairs(config.task.test, seed=config.task.seed, split="test")
-    error = seam_error(opened.adapter, plain.adapter, test, noise_seeds=_seeds(config.attribution))
+    opened = replace(opened, adapter=remembered(opened.adapter))
+    error = seam_error(
+        opened.adapter,
+        plain.adapter,
+        test,
+        noise_seeds=_seeds(config.attribution),
+        batch_size=config.task.batch_size,
+    )
     console.print(f"relative error at layer {seam}: {float(error[1:].mean() if len(error) > 1 else error.mean()):.3f}")
     noisy = replace(
         plain,
-        adapter=perturbed(plain.adapter, seam, error, shared=config.null == "shared"),
+        adapter=remembered(perturbed(plain.adapter, seam, error, shared=config.null == "shared")),
         about={**plain.about, "name": f"{plain.adapter.name} with noise at {seam}", "perturbed": error.tolist()},
     )
     subjects: dict[str, tuple[Subject, Task]] = {
@@ -286,6 +312,7 @@ def hybrid_on(opened: Subject, config: CircuitsHybridConfig, *, console: Console
     how = Running(
         metric=find_metric(config.task.metric),
         ablation=config.running.ablation,
+        batch_size=config.task.batch_size,
         resamples=config.bootstrap,
         confidence=config.overlap.confidence,
         seed=config.overlap.seed,

@@ -31,6 +31,7 @@ __all__ = [
     "Ends",
     "ablate",
     "ablate_edges",
+    "ablate_sets",
     "curve",
     "curve_of",
     "ends",
@@ -41,6 +42,9 @@ __all__ = [
 
 FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """Shares of all edges at which a curve is taken: MIB's."""
+
+_AT_ONCE = {True: 1 << 33, False: 1 << 29}
+"""Bytes of writers' changes that circuits run at once may have, on CUDA and elsewhere; memory, not results."""
 
 _Values = Float[np.ndarray, " prompts"]
 
@@ -158,6 +162,15 @@ def _prepare(model: Any, spec: GraphSpec, pairs: Sequence[PairBatch], noise_seed
     return Runner(adapter, own, noise_seed)
 
 
+def _groups(circuits: Sequence[Circuit], runner: Runner, state: Tensor) -> Iterator[Sequence[Circuit]]:
+    """Circuits that are run at once: as many as their writers' changes have room for."""
+    at_once = _AT_ONCE[state.device.type == "cuda"]
+    one = state.numel() * runner.spec.n_writers * runner.adapter.work_dtype.itemsize
+    count = max(1, at_once // one)
+    for start in range(0, len(circuits), count):
+        yield circuits[start : start + count]
+
+
 def run_circuits(
     model: Any,
     pairs: Sequence[PairBatch],
@@ -174,7 +187,7 @@ def run_circuits(
     A circuit found in another model may be run, if its graph is the same.
 
     Args:
-        progress: called with 1 after every run of a circuit on a batch.
+        progress: called with the number of circuits that have been run on a batch.
 
     Raises:
         UsageError: no pairs or circuits, or a circuit of a different graph.
@@ -190,12 +203,14 @@ def run_circuits(
         for batch in _split(pairs, batch_size, runner.adapter):
             state, replacement = runner.state(batch, "clean"), replacer(batch)
             rows = []
-            for circuit in circuits:
-                with CircuitRun(runner, circuit.edges, replacement, state):
-                    rows.append(metric(runner.logits(state, batch), batch))
+            for group in _groups(circuits, runner, state):
+                edges, several = np.stack([circuit.edges for circuit in group]), batch.repeated(len(group))
+                with CircuitRun(runner, edges, replacement, state):
+                    values = metric(runner.logits(state.repeat(len(group), 1, 1), several), several)
+                rows.append(values.view(len(group), -1))
                 if progress is not None:
-                    progress(1)
-            columns.append(torch.stack(rows))
+                    progress(len(group))
+            columns.append(torch.cat(rows))
     return torch.cat(columns, 1).double().cpu().numpy()
 
 
@@ -328,40 +343,51 @@ def _merger(pairs: Sequence[PairBatch]) -> Float[np.ndarray, "lines prompts"]:
 
 
 def ablate(
+    model: Any, pairs: Sequence[PairBatch], components: Sequence[str], *, kind: Ablation = "corrupt", **options: Any
+) -> _Values:
+    """`ablate_sets` of one set in one way."""
+    return ablate_sets(model, pairs, [components], kinds=[kind], **options)[kind][0]
+
+
+def ablate_sets(
     model: Any,
     pairs: Sequence[PairBatch],
-    components: Sequence[str],
+    sets: Sequence[Sequence[str]],
     *,
     spec: GraphSpec | None = None,
-    kind: Ablation = "corrupt",
+    kinds: Sequence[Ablation] = ("corrupt", "zero"),
     noise_seed: int = 0,
     metric: Metric = logit_difference,
     batch_size: int = 16,
-) -> _Values:
+) -> dict[Ablation, Float[np.ndarray, "sets prompts"]]:
     """Drop of each prompt's metric (clean minus ablated) when the named heads and MLPs write a replacement everywhere.
 
     Args:
-        components: names like ``a3.h5``, ``m7``.
+        sets: each of names like ``a3.h5``, ``m7``; the clean and the corrupted run serve them all.
         spec: the graph they belong to; None: the whole model's.
-        kind: the replacement (``corrupt``: resample ablation).
+        kinds: the replacements (``corrupt``: resample ablation).
 
     Raises:
-        UsageError: a component that is not in the graph, or the lower writer.
+        UsageError: no pairs, a component that is not in the graph, or the lower writer.
     """
     adapter = open_model(model)
     runner = _prepare(adapter, adapter.spec() if spec is None else spec, pairs, noise_seed)
-    writers = [runner.spec.writer_index(name) for name in components]
-    if 0 in writers:
+    writers = [[runner.spec.writer_index(name) for name in components] for components in sets]
+    if any(0 in chosen for chosen in writers):
         raise UsageError(f"{runner.spec.lower!r} is what the run starts from; ablate heads and MLPs.")
-    drops = []
+    drops: dict[Ablation, list[Tensor]] = {kind: [] for kind in kinds}
     with adapter.session():
-        replacer = _replacer(runner, pairs, kind, batch_size)
+        replacers = {kind: _replacer(runner, pairs, kind, batch_size) for kind in kinds}
         for batch in _split(pairs, batch_size, adapter):
             state = runner.state(batch, "clean")
             clean = metric(runner.logits(state, batch), batch)
-            with component_hooks(runner, writers, replacer(batch)):
-                drops.append(clean - metric(runner.logits(state, batch), batch))
-    return torch.cat(drops).double().cpu().numpy()
+            for kind, replacer in replacers.items():
+                replacement, found = replacer(batch), []
+                for chosen in writers:
+                    with component_hooks(runner, chosen, replacement):
+                        found.append(clean - metric(runner.logits(state, batch), batch))
+                drops[kind].append(torch.stack(found))
+    return {kind: torch.cat(columns, 1).double().cpu().numpy() for kind, columns in drops.items()}
 
 
 def ablate_edges(model: Any, pairs: Sequence[PairBatch], edges: Circuit, **options: Any) -> _Values:

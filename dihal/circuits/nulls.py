@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from scipy.stats import hypergeom
 
 from dihal.circuits.graph import GraphSpec
-from dihal.circuits.overlap import Chosen, edge_values, jaccard, part_weights, resampled_edges, top_edges
+from dihal.circuits.overlap import Chosen, edge_values, jaccard, jaccards, part_weights, resampled_edges, top_edges
 from dihal.circuits.types import EdgeScores
 from dihal.random import uniform
 
@@ -102,9 +102,5 @@ def stability(
 ) -> Float[np.ndarray, "resamples budgets"]:
     """J of a model's own circuit with that of each bootstrap resample of its prompts, at each K."""
     values = edge_values(scores.spec, scores.scores)
-    tops = [top_edges(values, int(k)) for k in ks]
-    rows = []
-    for weights in part_weights(scores.part_counts, resamples, seed):
-        again = resampled_edges(scores, weights)
-        rows.append([jaccard(top, top_edges(again, int(k))) for top, k in zip(tops, ks, strict=True)])
-    return np.array(rows)
+    weights = part_weights(scores.part_counts, resamples, seed)
+    return np.array([jaccards(values, resampled_edges(scores, row), ks) for row in weights])

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from dihal.circuits.adapters import Adapter
@@ -88,27 +88,35 @@ class Runner:
 
 
 class CircuitRun(Hooks):
-    """Context manager in which a run is that of a circuit.
+    """Context manager in which a run is that of circuits: the prompts of the first one, then those of the next.
+
+    A GPU starts kernels for longer than they compute; several circuits side by side are one run.
 
     Args:
         runner: model and graph.
-        edges: True inside the circuit.
+        edges: True inside the circuit; one circuit or several.
         replacement: what missing edges carry.
-        state: the clean state at the seam.
+        state: the clean state at the seam, of all prompts once; the run is given it once per circuit.
     """
 
     def __init__(
-        self, runner: Runner, edges: np.ndarray, replacement: Replacement, state: Float[Tensor, "batch time dim"]
+        self,
+        runner: Runner,
+        edges: Bool[np.ndarray, "*circuits writers readers"],
+        replacement: Replacement,
+        state: Float[Tensor, "batch time dim"],
     ) -> None:
         super().__init__()
         self.adapter, self.spec = runner.adapter, runner.spec
         self.replacement = replacement
-        self.missing = self.spec.edge_mask & ~edges
-        dtype = self.adapter.work_dtype
-        self._matrix = torch.from_numpy(self.missing).to(state.device, dtype)
+        self.missing = (self.spec.edge_mask & ~edges).reshape(-1, *self.spec.edge_mask.shape)
+        self.circuits, self.prompts = len(self.missing), len(state)
+        self._dtype, self._device = self.adapter.work_dtype, state.device
+        self._matrix = torch.from_numpy(self.missing).to(state.device, self._dtype)
         # (replacement - running output) of every writer that has run.
-        self._change = torch.zeros(len(state), self.spec.n_writers, *state.shape[1:], dtype=dtype, device=state.device)
-        self._change[:, 0] = replacement.state - state
+        rows = self.circuits * self.prompts
+        self._change = torch.zeros(rows, self.spec.n_writers, *state.shape[1:], dtype=self._dtype, device=state.device)
+        self._change[:, 0] = (replacement.state - state).repeat(self.circuits, 1, 1)
         self._input: Tensor | None = None
         self._outputs: list[Tensor] = []
 
@@ -133,23 +141,29 @@ class CircuitRun(Hooks):
     def _keep_input(self, x: Tensor) -> None:
         self._input = x
 
-    def _changes(self, readers: slice) -> tuple[Tensor, Tensor | None]:
-        """Summed changes of what the readers miss, (batch, distinct, time, dim), and which of them each reader has (None: its own)."""
-        seen = int(self.spec.prev[readers.start])
-        columns, inverse = np.unique(self.missing[:seen, readers], axis=1, return_inverse=True)
-        count = readers.stop - readers.start
-        matrix, which = self._matrix[:seen, readers], None
+    def _sum(self, matrix: Float[Tensor, "circuits readers seen"]) -> Float[Tensor, "rows readers time dim"]:
+        """Summed changes of the writers that each reader of each circuit misses."""
+        seen = self._change[:, : matrix.shape[-1]]
+        every = matrix.repeat_interleave(self.prompts, 0)
+        return torch.bmm(every, seen.flatten(2)).view(len(seen), -1, *seen.shape[2:])
+
+    def _distinct(self, readers: slice) -> tuple[Tensor, Tensor | None]:
+        """What readers miss, every distinct set of a circuit once, and which of them each reader has (None: its own)."""
+        seen, count = int(self.spec.prev[readers.start]), readers.stop - readers.start
         # Readers that miss the same edges, as most do in a small circuit, have one input.
-        if columns.shape[1] < count:
-            matrix = torch.from_numpy(columns).to(self._matrix)
-            which = torch.from_numpy(inverse.reshape(-1)).to(matrix.device)
-        batch, _, *shape = self._change.shape
-        change = matrix.T @ self._change[:, :seen].flatten(2)
-        return change.view(batch, -1, *shape), which
+        found = [np.unique(one[:seen, readers], axis=1, return_inverse=True) for one in self.missing]
+        width = max(columns.shape[1] for columns, _ in found)
+        if width == count:
+            return self._matrix[:, :seen, readers].mT, None
+        table = np.zeros((self.circuits, width, seen), dtype=bool)
+        for row, (columns, _) in zip(table, found, strict=True):
+            row[: columns.shape[1]] = columns.T
+        which = torch.from_numpy(np.stack([inverse.reshape(-1) for _, inverse in found]))
+        return torch.from_numpy(table).to(self._device, self._dtype), which.to(self._device)
 
     def _reader(self, index: int) -> Any:
         def hook(x: Tensor) -> tuple[Tensor]:
-            change, _ = self._changes(slice(index, index + 1))
+            change = self._sum(self._matrix[:, None, : int(self.spec.prev[index]), index])
             return ((x + change[:, 0]).to(x.dtype),)
 
         return hook
@@ -166,13 +180,15 @@ class CircuitRun(Hooks):
         spec, adapter = self.spec, self.adapter
         assert self._input is not None
         first = spec.reader_at(layer)
-        change, which = self._changes(slice(first, first + spec.heads + 2 * spec.kv_readers))
-        read = (self._input[:, None] + change).to(self._input.dtype)
+        matrix, which = self._distinct(slice(first, first + spec.heads + 2 * spec.kv_readers))
+        read = (self._input[:, None] + self._sum(matrix)).to(self._input.dtype)
         # The module's forward alone: its hooks belong to the model's own call.
         normed = adapter.part(layer, adapter.layout.attention_norm).forward(read)
         weight, bias = adapter.projections(layer, spec.kv)
         matrices = weight.to(normed.dtype).unflatten(0, (-1, adapter.head_dim))
-        normed = normed if which is None else normed[:, which]
+        if which is not None:
+            rows = torch.arange(len(normed), device=normed.device)[:, None]
+            normed = normed[rows, which.repeat_interleave(self.prompts, 0)]
         batch, readers, time, _ = normed.shape
         flat = normed.transpose(0, 1).reshape(readers, batch * time, -1)
         out = torch.bmm(flat, matrices.mT).view(readers, batch, time, -1).permute(1, 2, 0, 3).flatten(2)
@@ -185,7 +201,7 @@ class CircuitRun(Hooks):
     def _head_writer(self, layer: int) -> Any:
         def hook(running: Tensor) -> None:
             batch, time, _ = running.shape
-            change = (self.replacement.heads[layer] - running).unflatten(-1, (self.spec.heads, -1))
+            change = self._against(self.replacement.heads[layer], running).unflatten(-1, (self.spec.heads, -1))
             flat = change.permute(2, 0, 1, 3).flatten(1, 2)
             written = torch.bmm(flat, self.adapter.output_weight(layer).to(flat.dtype))
             first = self.spec.writer_at(layer)
@@ -196,9 +212,15 @@ class CircuitRun(Hooks):
 
     def _mlp_writer(self, layer: int) -> Any:
         def hook(running: Tensor) -> None:
-            self._change[:, self.spec.writer_at(layer) + self.spec.heads] = self.replacement.mlps[layer] - running
+            self._change[:, self.spec.writer_at(layer) + self.spec.heads] = self._against(
+                self.replacement.mlps[layer], running
+            )
 
         return hook
+
+    def _against(self, replacement: Tensor, running: Tensor) -> Tensor:
+        # Every circuit has the same replacement.
+        return (replacement - running.unflatten(0, (self.circuits, -1))).flatten(0, 1)
 
 
 @contextmanager

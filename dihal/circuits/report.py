@@ -10,8 +10,11 @@ import numpy as np
 
 from dihal.circuits.compare import COMPARE_SCHEMA, Comparison
 from dihal.circuits.neurons import concentration
+from dihal.circuits.overlap import Estimate
 from dihal.circuits.types import EdgeScores
+from dihal.config.circuits import OverlapConfig
 from dihal.errors import UsageError
+from dihal.geometry.intervals import resample_documents
 from dihal.io import atomic_path, ensure_dir, read_json, sha256_file, write_json
 
 __all__ = ["Run", "compare_neurons", "load_comparison", "load_run", "save_comparison", "save_run", "top_edges_named"]
@@ -106,8 +109,12 @@ def load_comparison(folder: str | Path) -> dict[str, Any]:
     return data
 
 
-def compare_neurons(first: Run, second: Run) -> dict[str, Any]:
-    """Concentration of both models by layer, and how many of the neurons that carry 80 % they share."""
+def compare_neurons(first: Run, second: Run, config: OverlapConfig) -> dict[str, Any]:
+    """Concentration of both models by layer, and how many of the neurons that carry 80 % they share.
+
+    ``change``: base-2 logarithm of the second participation ratio over the first, averaged over layers, with an interval
+    over layers: above 0, the second model spreads a task over more neurons.
+    """
     shared = sorted(set(first.neurons) & set(second.neurons))
     rows = []
     for layer in shared:
@@ -127,4 +134,12 @@ def compare_neurons(first: Run, second: Run) -> dict[str, Any]:
                 "jaccard_80": len(tops[0] & tops[1]) / union if union else None,
             }
         )
-    return {"layers": rows}
+    ratios = [row["second"]["participation"] / row["first"]["participation"] for row in rows]
+    changes = np.log2(ratios)
+    changes = changes[np.isfinite(changes)]
+    change = Estimate(value=None)
+    if len(changes):
+        counts = resample_documents(len(changes), config.resamples, config.seed).double().numpy()
+        drawn = counts @ changes / counts.sum(1)
+        change = Estimate.of(float(changes.mean()), drawn, config.confidence)
+    return {"layers": rows, "change": change.record()}

@@ -17,6 +17,7 @@ from dihal.circuits.evaluate import Curve, curve, curve_of
 from dihal.circuits.lens import logit_lens
 from dihal.circuits.metrics import find_metric
 from dihal.circuits.neurons import neuron_attribution
+from dihal.circuits.passes import Room
 from dihal.circuits.profile import component_scores
 from dihal.circuits.random_circuits import random_circuit
 from dihal.circuits.report import Run, load_run, save_run, top_edges_named
@@ -82,6 +83,7 @@ def _scores(
         "metric": config.task.metric,
     }
     what, total = f"{attribution.method}: pairs scored", len(seeds) * sum(len(batch) for batch in pairs)
+    room = Room(subject.adapter)
     with progress_bar(config.progress, what, total) as advance:
         runs = [
             attribute_in_pieces(
@@ -101,6 +103,7 @@ def _scores(
                 metric=find_metric(config.task.metric),
                 batch_size=config.task.batch_size,
                 parts=attribution.parts,
+                room=room,
             )
             for seed in seeds
         ]

@@ -7,6 +7,7 @@ backbone whose h^s carries noise of the same size per position (`perturbed`).
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -22,7 +23,7 @@ from dihal.circuits.types import EdgeScores, PairBatch
 from dihal.errors import UsageError
 from dihal.random import normal
 
-__all__ = ["attribute_over_seeds", "average", "perturbed", "seam_error", "states_at_seam"]
+__all__ = ["attribute_over_seeds", "average", "perturbed", "remembered", "seam_error", "states_at_seam"]
 
 
 def states_at_seam(
@@ -118,6 +119,31 @@ def perturbed(
         lower="perturbed",
         source=source,
     )
+
+
+def remembered(adapter: Adapter, most: int = 1 << 30) -> Adapter:
+    """The same model, which keeps the states it has drawn: scores, curves and transfer start from the same ones.
+
+    Args:
+        adapter: entered by a source.
+        most: bytes of states that are kept; what was drawn first goes first.
+    """
+    draw = adapter.source
+    assert draw is not None
+    kept: dict[tuple[bytes, bytes, torch.Size, int, str], Tensor] = {}
+
+    def source(input_ids: Tensor, sample_ids: Tensor, noise_seed: int, role: Literal["clean", "corrupted"]) -> Tensor:
+        words, samples = (value.cpu().numpy().tobytes() for value in (input_ids, sample_ids))
+        key = (words, samples, input_ids.shape, noise_seed, role)
+        if key not in kept:
+            kept[key] = draw(input_ids, sample_ids, noise_seed, role)
+            while len(kept) > 1 and sum(state.nbytes for state in kept.values()) > most:
+                del kept[next(iter(kept))]
+        return kept[key]
+
+    out = copy.copy(adapter)
+    out.source = source
+    return out
 
 
 def average(runs: Sequence[EdgeScores]) -> EdgeScores:

@@ -48,7 +48,7 @@ class Tally:
 
     def add(self, found: BatchScores, ids: Int[Tensor, " batch"]) -> None:
         """Add a batch."""
-        self.dtype = found.scores.dtype
+        self.dtype = found.clean.dtype
         part = ids % len(self.parts)
         self.parts.index_add_(0, part, found.scores.double())
         self.squares += found.scores.square().sum(0, dtype=torch.float64)

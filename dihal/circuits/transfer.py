@@ -5,14 +5,15 @@ Records for `compare.json`; faithfulness with intervals by resampled prompts.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
-from dihal.circuits.evaluate import Ends, ablate, ends, faithfulness, run_circuits
+from dihal.circuits.evaluate import Ends, ablate_sets, ends, faithfulness, run_circuits
 from dihal.circuits.overlap import Estimate
 from dihal.circuits.profile import component_scores
 from dihal.circuits.random_circuits import matched_components, random_circuit
@@ -32,6 +33,8 @@ class Party:
     scores: EdgeScores
     pairs: Sequence[PairBatch]
     noise_seeds: tuple[int, ...] = (0,)
+    known: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
+    """Values of the circuits that have been run in it, by what they are, for a model is compared twice."""
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -45,6 +48,7 @@ class Running:
 
     metric: Metric
     ablation: str = "corrupt"
+    batch_size: int = 16
     resamples: int = 1_000
     confidence: float = 0.95
     seed: int = 0
@@ -68,14 +72,23 @@ class Running:
 def _values(party: Party, circuits: Sequence[Circuit], how: Running, progress: Any) -> tuple[np.ndarray, Ends]:
     """Metric of every prompt in every circuit, and the ends; means over noise seeds."""
     adapter, spec = party.subject.adapter, party.scores.spec
-    own = [replace(circuit, spec=spec) for circuit in circuits]
-    options: dict[str, Any] = {"ablation": how.ablation, "metric": how.metric}
-    runs = [
-        run_circuits(adapter, party.pairs, own, noise_seed=seed, progress=progress, **options) for seed in party.seeds
-    ]
-    both = [ends(adapter, party.pairs, spec, noise_seed=seed, **options) for seed in party.seeds]
-    mean = Ends(clean=np.mean([one.clean for one in both], axis=0), empty=np.mean([one.empty for one in both], axis=0))
-    return np.mean(runs, axis=0), mean
+    options: dict[str, Any] = {"ablation": how.ablation, "metric": how.metric, "batch_size": how.batch_size}
+    names = [hashlib.sha256(np.packbits(circuit.edges).tobytes()).hexdigest() + how.ablation for circuit in circuits]
+    new = {name: replace(one, spec=spec) for name, one in zip(names, circuits) if name not in party.known}
+    if progress is not None:
+        progress(len(names) - len(new))
+    if new:
+        runs = [
+            run_circuits(adapter, party.pairs, list(new.values()), noise_seed=seed, progress=progress, **options)
+            for seed in party.seeds
+        ]
+        party.known.update(zip(new, np.mean(runs, axis=0), strict=True))
+    if "ends" + how.ablation not in party.known:
+        both = [ends(adapter, party.pairs, spec, noise_seed=seed, **options) for seed in party.seeds]
+        means = [np.mean([getattr(one, name) for one in both], axis=0) for name in ("clean", "empty")]
+        party.known["ends" + how.ablation] = np.stack(means)
+    clean, empty = party.known["ends" + how.ablation]
+    return np.stack([party.known[name] for name in names]), Ends(clean=clean, empty=empty)
 
 
 def transfer(
@@ -95,7 +108,7 @@ def transfer(
         fractions: budgets of the curves.
         fraction: budget of everything else: intersection, union, random circuits, the verdict.
         how: metric, ablation, intervals.
-        progress: called with 1 after every run of a circuit on a batch.
+        progress: called with the number of circuits that have been run on a batch.
     """
     budgets = sorted({*fractions, fraction})
     a, b = ([party.scores.top(fraction=share) for share in budgets] for party in (first, second))
@@ -153,26 +166,28 @@ def ablations(parties: Sequence[Party], count: int, how: Running) -> dict[str, A
             except UsageError as error:  # a shallow model has too few components there: said in the record
                 sets[depth] = str(error)
         gap = party.scores.clean - party.scores.corrupted
-        rows = {}
+        made = {name: components for name, components in sets.items() if not isinstance(components, str)}
+        drops = [
+            ablate_sets(
+                party.subject.adapter,
+                party.pairs,
+                list(made.values()),
+                spec=party.scores.spec,
+                noise_seed=seed,
+                metric=how.metric,
+                batch_size=how.batch_size,
+            )
+            for seed in party.seeds
+        ]
+        rows: dict[str, Any] = {}
         for name, components in sets.items():
             if isinstance(components, str):
                 rows[name] = {"components": None, "reason": components}
                 continue
             rows[name] = {"components": components}
             for kind in ("corrupt", "zero"):
-                drops = [
-                    ablate(
-                        party.subject.adapter,
-                        party.pairs,
-                        components,
-                        spec=party.scores.spec,
-                        kind=kind,
-                        noise_seed=seed,
-                        metric=how.metric,
-                    )
-                    for seed in party.seeds
-                ]
-                rows[name][kind] = _mean_drop(np.mean(drops, axis=0) / gap, how).record()
+                mean = np.mean([one[kind][list(made).index(name)] for one in drops], axis=0)
+                rows[name][kind] = _mean_drop(mean / gap, how).record()
         found["models"].append(rows)
     return found
 

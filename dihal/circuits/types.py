@@ -7,6 +7,7 @@ the most negative score; ranking by magnitude ignores the sign.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -66,6 +67,9 @@ class PairBatch:
             raise UsageError(f"target positions must lie in 0 to {self.time - 1}.")
         if self.attention not in ("causal", "full"):
             raise UsageError(f"attention {self.attention!r} is unknown. Valid: causal, full.")
+        # A mean or a sum over no id would be a silent zero.
+        if any(ids.numel() and not bool((ids >= 0).any(-1).all()) for ids in (self.answers, self.foils)):
+            raise UsageError("a target has no answer or no foil. Give every target at least one id of each.")
 
     def __len__(self) -> int:
         return self.clean.shape[0]
@@ -75,22 +79,40 @@ class PairBatch:
         """Tokens of every prompt."""
         return self.clean.shape[1]
 
-    def _map(self, change: Callable[[Tensor], Tensor], meta: tuple[dict[str, Any], ...]) -> PairBatch:
-        tensors = {f.name: change(v) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
-        return replace(self, **tensors, meta=meta)
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name."""
+        return {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+
+    def map(self, change: Callable[[Tensor], Tensor], meta: tuple[dict[str, Any], ...] = ()) -> PairBatch:
+        """With every tensor changed: moved, copied, or the same prompts of it chosen."""
+        # Not checked again: on a GPU that is waiting for it, four times a batch.
+        out = copy.copy(self)
+        for name, value in self.tensors().items():
+            object.__setattr__(out, name, change(value))
+        object.__setattr__(out, "meta", meta)
+        return out
+
+    def repeated(self, times: int) -> PairBatch:
+        """All prompts, and all of them again."""
+        return self.map(lambda tensor: tensor.repeat(times, *[1] * (tensor.ndim - 1)), self.meta * times)
+
+    def copy_(self, other: PairBatch) -> None:
+        """Write the values of a batch of the same shape over one's own."""
+        for name, value in self.tensors().items():
+            value.copy_(getattr(other, name))
 
     def to(self, device: torch.device | str) -> PairBatch:
         """The batch on a device."""
-        return self._map(lambda tensor: tensor.to(device), self.meta)
+        return self.map(lambda tensor: tensor.to(device), self.meta)
 
     def rows(self, first: int, last: int) -> PairBatch:
         """Prompts ``first`` .. ``last - 1``."""
-        return self._map(lambda tensor: tensor[first:last], self.meta[first:last])
+        return self.map(lambda tensor: tensor[first:last], self.meta[first:last])
 
     def select(self, keep: Bool[Tensor, " batch"]) -> PairBatch:
         """The prompts where ``keep`` is true."""
         meta = tuple(item for item, kept in zip(self.meta, keep.tolist()) if kept)
-        return self._map(lambda tensor: tensor[keep.to(tensor.device)], meta)
+        return self.map(lambda tensor: tensor[keep.to(tensor.device)], meta)
 
 
 Metric = Callable[[Float[Tensor, "batch targets vocab"], PairBatch], Float[Tensor, " batch"]]

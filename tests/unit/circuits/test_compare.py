@@ -231,3 +231,16 @@ def test_bridge_and_lower_are_the_same_node(make_scores, heavy_tail) -> None:
     found = compare_scores(first, second, OverlapConfig(ks=(50,), resamples=5, null_resamples=10))
     assert found.at(50)["jaccard"]["value"] == 1.0
     assert found.depth["writer"]["layers"][0] == 1
+
+
+def test_scores_spread_over_more_edges_are_called_so(make_scores, heavy_tail) -> None:
+    """The second model's scores are the square roots of the first's: flatter, so that more edges carry them."""
+    spec = SPEC
+    truth = heavy_tail(spec)
+    flat = np.sign(truth) * np.sqrt(abs(truth))
+    first, second = (make_scores(spec, table, noise=0.01, seed=i) for i, table in enumerate((truth, flat)))
+    found = compare_scores(first, second, OverlapConfig(ks=(20,), fractions=(), k=20, resamples=50))
+    change = found.whole["concentration"]["edges"]["change"]
+    assert 0 < change["low"] < change["value"] < change["high"]
+    same = compare_scores(first, first, OverlapConfig(ks=(20,), fractions=(), k=20, resamples=50))
+    assert same.whole["concentration"]["edges"]["change"] == {"value": 0.0, "low": 0.0, "high": 0.0}

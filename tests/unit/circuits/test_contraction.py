@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 
-import dihal.circuits.attribute as attribution
+import dihal.circuits.passes as attribution
 from dihal.backbone.layout import LAYOUTS
 from dihal.circuits.attribute import attribute
 from dihal.circuits.contraction import fast_products

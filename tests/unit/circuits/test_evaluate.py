@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import dihal.circuits.evaluate as evaluate
 from dihal.circuits.adapters import open_model
 from dihal.circuits.attribute import attribute
 from dihal.circuits.evaluate import (
@@ -15,6 +16,7 @@ from dihal.circuits.evaluate import (
     Ends,
     ablate,
     ablate_edges,
+    ablate_sets,
     curve,
     ends,
     faithfulness,
@@ -253,3 +255,28 @@ def test_no_circuit_and_no_pairs() -> None:
         run_circuits(tiny_model(), PAIRS, [])
     with pytest.raises(UsageError, match="no pairs"):
         run_circuit(tiny_model(), [], Circuit.full(open_model(tiny_model()).spec()))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
+def test_circuits_side_by_side_are_those_one_by_one(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = float64_model(family)
+    spec = open_model(model).spec()
+    circuits = [random_circuit(spec, k, seed=k) for k in (0, 3, 20, 90, spec.n_edges)]
+    calls = []
+    monkeypatch.setitem(evaluate._AT_ONCE, False, 1)
+    alone = run_circuits(model, PAIRS, circuits, progress=calls.append)
+    assert calls == [1] * len(circuits) * 2
+    for room, groups in ((1 << 40, [5, 5]), (2 * 4 * 9 * spec.n_writers * 32 * 8, None)):
+        calls.clear()
+        monkeypatch.setitem(evaluate._AT_ONCE, False, room)
+        assert abs(run_circuits(model, PAIRS, circuits, progress=calls.append) - alone).max() < 1e-12
+        assert sum(calls) == 2 * len(circuits)
+        assert groups is None or calls == groups
+
+
+def test_sets_ablated_together_are_those_ablated_alone() -> None:
+    model = float64_model()
+    sets = [["a0.h0"], ["m1", "a2.h3"]]
+    for kind, drops in ablate_sets(model, PAIRS, sets, batch_size=3).items():
+        for components, drop in zip(sets, drops, strict=True):
+            assert abs(ablate(model, PAIRS, components, kind=kind) - drop).max() < 1e-12

@@ -93,9 +93,9 @@ def test_rank_counts_tokens_above_the_best_answer() -> None:
 
 
 def test_a_target_without_ids_is_refused() -> None:
-    batch = _batch([[[-1]]], [[[1]]], [[1.0]])
-    with pytest.raises(UsageError, match="no answer or no foil"):
-        logit_difference(torch.zeros(1, 1, 3), batch)
+    for answers, foils in (([[[-1]]], [[[1]]]), ([[[1]]], [[[-1]]])):
+        with pytest.raises(UsageError, match="no answer or no foil"):
+            _batch(answers, foils, [[1.0]])
 
 
 def test_metric_names() -> None:

@@ -70,6 +70,12 @@ def _run(word_tokenizer, config: CircuitsRunConfig, out: Path, seed: int = 0) ->
     return run_on(subject, task_for(subject, config.task, config.load), replace(config, out=str(out)), console=QUIET)
 
 
+@pytest.fixture
+def _undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs without figures and page, which take longer than the run: those of `finished` are looked at."""
+    monkeypatch.setattr("dihal.circuits.run.draw_run", lambda found, **options: None)
+
+
 @pytest.fixture(scope="module")
 def finished(word_tokenizer, config: CircuitsRunConfig, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("run")
@@ -111,6 +117,7 @@ def test_damaged_files_are_refused(finished: Path, tmp_path: Path) -> None:
         load_run(tmp_path)
 
 
+@pytest.mark.usefixtures("_undrawn")
 def test_a_stopped_run_goes_on_to_the_same_bits(
     finished: Path, word_tokenizer, config: CircuitsRunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -246,6 +253,7 @@ def test_a_task_that_no_model_solves_gets_no_claim() -> None:
     assert "does not solve the task" in found.verdict.rule
 
 
+@pytest.mark.usefixtures("_undrawn")
 def test_comparison_of_runs_writes_everything(
     finished: Path, word_tokenizer, config: CircuitsRunConfig, tmp_path: Path
 ) -> None:
@@ -283,6 +291,7 @@ def test_runs_of_different_tasks_are_not_compared(finished: Path, tmp_path: Path
         compare(options, console=QUIET)
 
 
+@pytest.mark.usefixtures("_undrawn")
 def test_an_identity_bridge_keeps_everything(word_tokenizer, config: CircuitsRunConfig, tmp_path: Path) -> None:
     plain = _subject(word_tokenizer).model
     bridge = Identity(1)

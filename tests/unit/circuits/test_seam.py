@@ -12,7 +12,7 @@ from dihal.backbone import Backbone, load_backbone
 from dihal.circuits.adapters import open_model
 from dihal.circuits.attribute import attribute
 from dihal.circuits.evaluate import curve
-from dihal.circuits.seam import attribute_over_seeds, average, perturbed, seam_error, states_at_seam
+from dihal.circuits.seam import attribute_over_seeds, average, perturbed, remembered, seam_error, states_at_seam
 from dihal.circuits.types import Circuit, EdgeScores
 from dihal.config import DenoiserConfig, LoraConfig, MethodConfig, ObjectiveConfig
 from dihal.controls import Identity
@@ -177,3 +177,29 @@ def test_refusals() -> None:
         perturbed(tiny_backbone(), SEAM, -0.1)
     with pytest.raises(UsageError, match="same graph"):
         average([])
+
+
+def test_states_are_drawn_once() -> None:
+    drawn = []
+    adapter = perturbed(float64_model(), SEAM, 0.3)
+    draw = adapter.source
+
+    def counted(ids, samples, seed, role):
+        drawn.append((seed, role))
+        return draw(ids, samples, seed, role)
+
+    adapter.source = counted
+    kept = remembered(adapter)
+    expected = attribute(adapter, PAIRS, path="seam", noise_seed=1).scores
+    drawn.clear()
+    for _ in range(2):
+        assert (attribute(kept, PAIRS, path="seam", noise_seed=1).scores == expected).all()
+    # The ends of both batches, and of the first prompts that the identities are checked on.
+    assert len(drawn) == 2 * (len(PAIRS) + 1)
+    attribute(kept, PAIRS, path="seam", noise_seed=2)
+    assert len(drawn) == 4 * (len(PAIRS) + 1)
+    small = remembered(adapter, most=1)
+    drawn.clear()
+    for _ in range(2):
+        attribute(small, PAIRS, path="seam", noise_seed=1)
+    assert len(drawn) == 4 * (len(PAIRS) + 1)
