@@ -4,14 +4,16 @@
 
 Weights are random: speed does not depend on them. Training is a whole optimiser step at the shipped sizes, compiled,
 as a ratio to the space `hidden`. Writing is blocks of a fixed length without an end token, with its number of function
-evaluations (NFE) per block, as a ratio to the backbone's cached decoding of as many tokens. Each figure is the median
-of the rounds, taken in turn. Writes results/benchmark_writing.json.
+evaluations (NFE) per block, as a ratio to the backbone's cached decoding of as many tokens, which is timed once per
+batch. Each figure is the median of the rounds, those of training taken in turn. On a GPU blocks are CUDA graphs.
+Rows are printed, and results/benchmark_writing.json is written, as they are measured, training first.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import statistics
 import sys
 import time
@@ -21,8 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from dihal.backbone import Backbone, load_backbone
 from dihal.config import MethodConfig, OptimConfig, TrainConfig
@@ -93,7 +93,11 @@ def train_step(backbone: Backbone, method: Writer, batch: Batch) -> Callable[[],
     return work
 
 
-def training(backbone: Backbone, configs: dict[str, MethodConfig], arguments: argparse.Namespace) -> list[dict]:
+Keep = Callable[[str, dict[str, Any]], None]
+"""Prints and writes a row of a table."""
+
+
+def training(backbone: Backbone, configs: dict[str, MethodConfig], arguments: argparse.Namespace, keep: Keep) -> None:
     """Tokens per second of every space, rounds in turn."""
     batch = random_batch(backbone, arguments.batch, arguments.length)
     works = {}
@@ -111,63 +115,79 @@ def training(backbone: Backbone, configs: dict[str, MethodConfig], arguments: ar
             times[name].append(seconds(backbone.device, lambda work=work: [work() for _ in range(arguments.repeats)]))
     tokens = arguments.repeats * batch.input_ids.numel()
     first = statistics.median(times[next(iter(times))])
-    return [
-        {
+    for name, found in times.items():
+        row = {
             "space": name,
             "tokens_per_second": tokens / statistics.median(found),
             "relative_to_hidden": first / statistics.median(found),
             "rounds": [tokens / one for one in found],
         }
-        for name, found in times.items()
-    ]
+        keep("training", row)
+
+
+def decoding(backbone: Backbone, count: int, arguments: argparse.Namespace) -> float:
+    """Seconds of the backbone's own cached decoding."""
+    prompt = torch.randint(4, backbone.vocab_size, (count, arguments.prompt), device=backbone.device)
+    options = {"do_sample": False, "min_new_tokens": arguments.new, "max_new_tokens": arguments.new}
+    attention, end = torch.ones_like(prompt), backbone.end_token_id
+    decode = partial(backbone.model.generate, prompt, attention_mask=attention, pad_token_id=end, **options)
+    decode()
+    return statistics.median(seconds(backbone.device, decode) for _ in range(arguments.rounds))
 
 
 @torch.no_grad()
-def writing(backbone: Backbone, configs: dict[str, MethodConfig], arguments: argparse.Namespace) -> list[dict]:
+def writing(backbone: Backbone, configs: dict[str, MethodConfig], arguments: argparse.Namespace, keep: Keep) -> None:
     """Tokens per second of writing, at several batch and block sizes and numbers of steps."""
-    rows = []
-    for count in arguments.batches:
-        ids = torch.randint(4, backbone.vocab_size, (count, arguments.prompt + arguments.new), device=backbone.device)
-        prompt = ids[:, : arguments.prompt]
-        options = {"do_sample": False, "min_new_tokens": arguments.new, "max_new_tokens": arguments.new}
-
-        attention, end = torch.ones_like(prompt), backbone.end_token_id
-        decode = partial(backbone.model.generate, prompt, attention_mask=attention, pad_token_id=end, **options)
-        decode()
-        known = torch.arange(ids.shape[1], device=ids.device).expand(count, -1) < arguments.prompt
-        for name, config in configs.items():
-            method = build_method(config, backbone).to(backbone.device).eval()
-            method.fit_normalisation(backbone, [random_batch(backbone, 8, arguments.length)])
+    plain = {count: decoding(backbone, count, arguments) for count in arguments.batches}
+    for name, config in configs.items():
+        method = build_method(config, backbone).to(backbone.device).eval()
+        method.fit_normalisation(backbone, [random_batch(backbone, 8, arguments.length)])
+        for count in arguments.batches:
             for block in arguments.blocks:
                 for steps in arguments.steps:
-                    precision = "bfloat16" if backbone.device.type == "cuda" else config.writing.precision
-                    how = dataclasses.replace(
-                        config.writing, steps=steps, block=block, precision=precision, static=arguments.static
-                    )
-                    rows_ids = torch.arange(count, device=ids.device)
+                    keep("writing", written(backbone, name, method, (count, block, steps), plain[count], arguments))
+        del method
+        gc.collect()
 
-                    arguments_of = {"writing": how, "sample_ids": rows_ids, "end": False, "compare": False}
-                    write = partial(method.write, backbone, ids, known, **arguments_of)
-                    write()
-                    own, plain = [], []
-                    for _ in range(arguments.rounds):
-                        own.append(seconds(backbone.device, write))
-                        plain.append(seconds(backbone.device, decode))
-                    tokens = count * arguments.new
-                    rows.append(
-                        {
-                            "space": name,
-                            "batch": count,
-                            "block": block,
-                            "steps": steps,
-                            "evaluations_per_block": method.evaluations(how),
-                            "evaluations_per_token": method.evaluations(how) / block,
-                            "tokens_per_second": tokens / statistics.median(own),
-                            "backbone_tokens_per_second": tokens / statistics.median(plain),
-                            "ratio": statistics.median(plain) / statistics.median(own),
-                        }
-                    )
-    return rows
+
+def written(
+    backbone: Backbone,
+    name: str,
+    method: Writer,
+    size: tuple[int, int, int],
+    plain: float,
+    arguments: argparse.Namespace,
+) -> dict[str, Any]:
+    """A row of writing: ``size`` is batch, positions of a block, steps; ``plain`` seconds of the backbone's decoding."""
+    count, block, steps = size
+    ids = torch.randint(4, backbone.vocab_size, (count, arguments.prompt + arguments.new), device=backbone.device)
+    known = torch.arange(ids.shape[1], device=ids.device).expand(count, -1) < arguments.prompt
+    how = dataclasses.replace(
+        method.config.writing,
+        steps=steps,
+        block=block,
+        precision="bfloat16" if backbone.device.type == "cuda" else method.config.writing.precision,
+        static=arguments.static,
+        compile=arguments.compile,
+    )
+    rows = torch.arange(count, device=ids.device)
+    write = partial(method.write, backbone, ids, known, writing=how, sample_ids=rows, end=False, compare=False)
+    # The first text runs as it is, the second captures what came once in the first.
+    for _ in range(1 + arguments.static):
+        write()
+    own = statistics.median(seconds(backbone.device, write) for _ in range(arguments.rounds))
+    tokens = count * arguments.new
+    return {
+        "space": name,
+        "batch": count,
+        "block": block,
+        "steps": steps,
+        "evaluations_per_block": method.evaluations(how),
+        "evaluations_per_token": method.evaluations(how) / block,
+        "tokens_per_second": tokens / own,
+        "backbone_tokens_per_second": tokens / plain,
+        "ratio": plain / own,
+    }
 
 
 def main() -> None:
@@ -179,12 +199,20 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 64], help="texts written at once")
     parser.add_argument("--blocks", type=int, nargs="+", default=[16, 64])
-    parser.add_argument("--steps", type=int, nargs="+", default=[4, 16])
+    parser.add_argument("--steps", type=int, nargs="+", default=[16])
     parser.add_argument("--prompt", type=int, default=32)
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--repeats", type=int, default=10, help="steps per round of training")
-    parser.add_argument("--static", action="store_true", help="room of fixed size; on a GPU every pass is a CUDA graph")
+    parser.add_argument("--repeats", type=int, default=5, help="steps per round of training")
+    parser.add_argument(
+        "--static",
+        action=argparse.BooleanOptionalAction,
+        default=torch.cuda.is_available(),
+        help="room of fixed size; on a GPU a block is a CUDA graph (default there)",
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="with --static: on compiled blocks; minutes of compiling"
+    )
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "benchmark_writing.json")
     arguments = parser.parse_args()
@@ -199,24 +227,21 @@ def main() -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         backbone = load_backbone("embedded", device=device, dtype="bfloat16" if device == "cuda" else "float32")
     configs = {path.stem.removeprefix("write-"): configuration(path, arguments.tiny) for path in arguments.methods}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        found: dict[str, Any] = {"writing": writing(backbone, configs, arguments)}
-        found["training"] = training(backbone, configs, arguments)
-    console = Console()
-    table = Table("space", "tokens/s", "relative to hidden", title="training")
-    for row in found["training"]:
-        table.add_row(row["space"], f"{row['tokens_per_second']:,.0f}", f"{row['relative_to_hidden']:.2f}")
-    console.print(table)
-    table = Table("space", "batch", "block", "steps", "NFE/block", "tokens/s", "backbone", "ratio", title="writing")
-    for row in found["writing"]:
-        numbers = (f"{row[key]:,.0f}" for key in ("tokens_per_second", "backbone_tokens_per_second"))
-        sizes = (str(row[key]) for key in ("batch", "block", "steps", "evaluations_per_block"))
-        table.add_row(row["space"], *sizes, *numbers, f"{row['ratio']:.2f}")
-    console.print(table)
     options = {name: value for name, value in vars(arguments).items() if name not in ("methods", "out")}
     hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    write_json(arguments.out, {**found, "options": options, "hardware": hardware, "provenance": provenance()})
+    found: dict[str, Any] = {"training": [], "writing": []}
+    begin = time.perf_counter()
+
+    def keep(table: str, row: dict[str, Any]) -> None:
+        found[table].append(row)
+        shown = (f"{key} {value:,.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items())
+        print(f"{time.perf_counter() - begin:.0f} s: {table}:", ", ".join(shown), flush=True)
+        write_json(arguments.out, {**found, "options": options, "hardware": hardware, "provenance": provenance()})
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        training(backbone, configs, arguments, keep)
+        writing(backbone, configs, arguments, keep)
 
 
 if __name__ == "__main__":

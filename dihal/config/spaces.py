@@ -102,5 +102,7 @@ class WritingConfig:
     """Products of the denoiser; states, solver and tokens stay in fp32 and fp64."""
     static: bool = False
     """Keys and values in room of fixed size; on a GPU a block, with all its steps, is then a CUDA graph (`simplex`: every pass). Not for backbones with sliding windows."""
+    compile: bool = False
+    """`static`: blocks of denoiser and backbone run compiled, for as many positions as `block` (the first pass of a prompt does not). A minute of compiling for each batch and block size, then fewer kernels; worth it on a GPU."""
     seed: int = 0
     """Seed of noise and tokens."""

@@ -59,6 +59,11 @@ class StaticSlot:
         self._keys: Heads | None = None
         self._values: Heads | None = None
 
+    @property
+    def made(self) -> bool:
+        """Whether there is room: the first pass makes it."""
+        return self._keys is not None
+
     def write(self, keys: New, values: New) -> tuple[Heads, Heads]:
         """Put new keys and values (batch, heads, new, head_dim) at the positions of this pass; return the room within reach."""
         if self._keys is None or self._values is None:
@@ -129,6 +134,8 @@ class StaticDenoiserCache:
 
     def __init__(self, place: StaticPlace) -> None:
         self.place = place
+        self.compiled = False
+        """Passes run compiled, each for its shapes (see :mod:`dihal.nn.compiled`), as soon as there is room."""
         self._slots: dict[int, StaticSlot] = {}
 
     def slot(self, block: int) -> StaticSlot:
@@ -136,3 +143,7 @@ class StaticDenoiserCache:
         if block not in self._slots:
             self._slots[block] = StaticSlot(self.place)
         return self._slots[block]
+
+    def made(self, blocks: int) -> bool:
+        """Whether the first ``blocks`` blocks have their room."""
+        return all(block in self._slots and self._slots[block].made for block in range(blocks))

@@ -29,8 +29,8 @@ from torch import Tensor
 
 from dihal.config.spaces import WritingConfig
 from dihal.diffusion.process import Process
-from dihal.diffusion.samplers import nfe, time_grid
-from dihal.spaces.base import Estimate, NoiseKey
+from dihal.diffusion.samplers import evaluation_times, nfe, time_grid
+from dihal.spaces.base import Estimate, NoiseKey, Space
 from dihal.spaces.hidden_state import VectorSpace
 from dihal.types import Mask, PerPosition, State, Time, TokenIds
 from dihal.writing.context import Context
@@ -70,6 +70,18 @@ def walked_process(writer: Writer) -> Process:
     if writer.schedule is None or not isinstance(writer.space, VectorSpace):
         return writer.process
     return replace(writer.process, schedule=copy.deepcopy(writer.schedule).cpu())
+
+
+def _network_input(
+    space: Space, noised: Tensor, t: Time, known: Mask, given: Mask, clean: Tensor | None, blind: bool
+) -> tuple[Tensor, Mask]:
+    """What the denoiser reads, and where it reads no token; ``blind``: nothing of what is known."""
+    inputs = space.network_input(noised, t)
+    if blind:
+        return inputs.masked_fill(known[..., None], 0.0), torch.ones_like(known)
+    if clean is not None:
+        inputs = torch.where(known[..., None], space.known_input(clean), inputs)
+    return inputs, ~(known | given)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +149,8 @@ class Block:
         self.commits = writing.commit == "confidence"
         self.estimates = estimates(writing, writer.config.space)
         self.step = 0
+        self.read_own = self._read_own()
+        """Evaluations whose estimate the own head reads."""
         self.previous: Tensor | None = None
         self.encoded: State | None = None
         """h^split of the tokens read last; None before the first projection."""
@@ -173,27 +187,45 @@ class Block:
         """Run the denoiser on the block."""
         known = self.known[..., None]
         level = torch.where(self.known, 0.0, t.float()[:, None])
-        free = self.space.network_input(noised, t)
         previous = None if self.previous is None else self.previous.masked_fill(known, 0.0)
+        # The other spaces look tables up, or draw, on the way to what the network reads.
+        read = self.context.compiled(_network_input) if self.space.predicts_state else _network_input
         outputs = {}
         for branch in self.context.branches:
-            inputs, drop = free, ~(self.known | self.given)
-            if branch == "unconditional":
-                inputs, drop = inputs.masked_fill(known, 0.0), torch.ones_like(drop)
-            elif self.clean is not None:
-                inputs = torch.where(known, self.space.known_input(self.clean), inputs)
+            blind = branch == "unconditional"
+            inputs, drop = read(self.space, noised, t, self.known, self.given, self.clean, blind)
             outputs[branch] = self.context.denoise(branch, inputs, level, self.condition, drop, self.known, previous)
         if len(outputs) == 1:
             (out,) = outputs.values()
         else:
             # Guidance on the network's output: linear in it, so the same as on x0 (or on logits) at this z_t.
             out = outputs["unconditional"].lerp(outputs["conditional"], self.writing.guidance)
-        found = self.space.interpret(self.writer.process, out, noised, t, self.positions)
-        conditioned = self.writer.denoiser.self_conditioned
-        self.meter.evaluation(self.space, **self.size, self_conditioned=conditioned)
-        if conditioned:
+        found = self._interpret(out, noised, t)
+        if self.writer.denoiser.self_conditioned:
             self.previous = self.space.feedback(self.backbone, found)
         return found
+
+    def _read_own(self) -> frozenset[int]:
+        writing, last = self.writing, self.estimates - 1
+        if not self.space.predicts_state:  # a network that gives no state gives features
+            return frozenset(range(self.estimates))
+        times = evaluation_times(writing.sampler, time_grid(writing.steps))
+        active = [writing.project > 0 and t <= writing.project_below for t in times]
+        alone = self.weight < 1.0 or self.context.length == 0
+        read = {step for step in range(last) if alone and (self.commits or active[step])}
+        return frozenset(read | {last})
+
+    def _interpret(self, out: Tensor, noised: Tensor, t: Time) -> Estimate:
+        """The estimate; where the own head does not read it, without its features, a product in fp32 of its own."""
+        conditioned = self.writer.denoiser.self_conditioned
+        if self.step in self.read_own:
+            self.meter.evaluation(self.space, **self.size, self_conditioned=conditioned)
+            return self.space.interpret(self.writer.process, out, noised, t, self.positions)
+        if conditioned:
+            self.meter.space(self.space, "feedback", **self.size)
+        self.meter.space(self.space, "solver", **self.size)
+        x0 = self.writer.process.to_x0(out, noised, t)
+        return Estimate(features=x0[..., :0], x0=x0)
 
     def project(self, estimate: Estimate, t: float) -> TokenIds | None:
         """Read tokens, encode them, commit some of them; return them where the solver is to be led to them."""

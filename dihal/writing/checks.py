@@ -74,6 +74,10 @@ def check_writing(config: WritingConfig, *, condition_dropout: float, own: bool 
         raise UsageError(
             f"writing.block is {config.block}; a block has at least 1 position. Leave it out for one block."
         )
+    if config.compile and not config.static:
+        raise UsageError(
+            "writing.compile compiles passes over room of fixed size: set writing.static to true, or leave compile out."
+        )
     if config.guidance != 1.0 and condition_dropout == 0.0:
         raise UsageError(
             "writing.guidance needs method.objective.condition_dropout > 0 in training: without it the unconditional "

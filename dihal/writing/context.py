@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from dihal.writer import Writer
 
 __all__ = ["Context", "Costs"]
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @dataclass(kw_only=True)
@@ -244,6 +246,10 @@ class Context:
 
     def _remember(self, last: State) -> None:
         self._last = last
+
+    def compiled(self, function: Function) -> Function:
+        """A function of a module's top level, compiled where passes are."""
+        return function
 
     def block(
         self, function: Callable[..., tuple[Tensor, ...]], depends: tuple[Hashable, ...], *given: Tensor

@@ -8,13 +8,14 @@ from call to call is a tensor given to it, a tensor at a fixed address, or part 
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-__all__ = ["CudaRecorder", "Function", "Graphs", "Recorder", "recorder"]
+__all__ = ["CudaRecorder", "Function", "Graphs", "Recorder", "reason_of", "recorder"]
 
 Function = Callable[..., tuple[Tensor, ...]]
 
@@ -32,6 +33,8 @@ class Recorder(Protocol):
 
     def capture(self, function: Function, given: tuple[Tensor, ...]) -> Function:
         """Return what replays it on other values of the same shapes.
+
+        The function may run once more before: twice must be as good as once.
 
         Raises:
             RuntimeError: it does what cannot be captured, such as waiting for the device.
@@ -61,13 +64,17 @@ class CudaRecorder:
         return found
 
     def capture(self, function: Function, given: tuple[Tensor, ...]) -> Function:
-        """Capture without running."""
+        """Capture what has just run in the same way, so that whatever is made late (kernels, above all) is there."""
         held = [value.clone() for value in given]
+        self.warm(function, tuple(held))
         current = torch.cuda.current_stream(self._device)
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, pool=self._pool, stream=self._side):
                 found = function(*held)
+        except RuntimeError:
+            self._pool = torch.cuda.graph_pool_handle()  # the old one still belongs to the capture that failed
+            raise
         finally:
             torch.cuda.set_stream(current)  # a capture that fails leaves its own behind
 
@@ -85,6 +92,11 @@ def recorder(device: torch.device) -> Recorder | None:
     return CudaRecorder(device) if device.type == "cuda" else None
 
 
+def reason_of(error: Exception) -> str:
+    """The first line of an error."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class Graphs:
     """Functions by key.
 
@@ -93,13 +105,17 @@ class Graphs:
 
     Args:
         recorder: captures.
+        simpler: told why a capture failed; makes functions simpler and says so, to have another try, or cannot.
     """
 
-    def __init__(self, recorder: Recorder) -> None:
+    def __init__(self, recorder: Recorder, simpler: Callable[[RuntimeError], bool] = lambda error: False) -> None:
         self._recorder = recorder
+        self._simpler = simpler
         self._seen: set[Hashable] = set()
         self._captured: dict[Hashable, Function] = {}
         self.failed = False
+        self.replays: Counter[Hashable] = Counter()
+        """How often each was replayed."""
 
     def __len__(self) -> int:
         """Functions captured."""
@@ -121,6 +137,7 @@ class Graphs:
         if key not in self._captured and key in self._seen and not self.failed:
             self._capture(key, function, given)
         if key in self._captured:
+            self.replays[key] += 1
             return self._captured[key](*given)
         self._seen.add(key)
         return self._recorder.warm(function, given)
@@ -129,9 +146,9 @@ class Graphs:
         try:
             captured = self._recorder.capture(function, given)
         except RuntimeError as error:
-            self.failed = True
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            warnings.warn(f"this cannot be a CUDA graph, it runs without one: {reason[0]}", stacklevel=2)
+            if not self._simpler(error):
+                self.failed = True
+                warnings.warn(f"this cannot be a CUDA graph, it runs without one: {reason_of(error)}", stacklevel=2)
             return
         while len(self._captured) >= _MOST:
             del self._captured[next(iter(self._captured))]

@@ -132,7 +132,7 @@ def write(
     if writing.static and not cached:
         raise UsageError("writing.static keeps keys and values: it goes with cached=True only.")
     if writing.static:
-        context: Context = StaticContext(writer, backbone, room=time, **options)
+        context: Context = StaticContext(writer, backbone, room=time, compiled=writing.compile, **options)
     else:
         context = Context(writer, backbone, cached=cached, **options)
     tokens, own, suffix = ids.clone(), ids.clone(), ids.clone()

@@ -183,3 +183,40 @@ def test_writing_by_graphs_writes_the_same(space: str, way: str) -> None:
     # Other kernels sum in another order; in bf16 more tokens are a tie.
     plain, graphs = torch.stack(found[False]), torch.stack(found[True])
     assert (plain == graphs).float().mean() > (0.8 if way == "bf16" else 0.98)
+
+
+@pytest.mark.parametrize("way", ["projected", "guided", "bf16"])
+@pytest.mark.filterwarnings("error:this cannot be a CUDA graph")
+def test_writing_by_graphs_of_compiled_blocks_writes_the_same(way: str) -> None:
+    """Compiled and captured: nothing falls back, and the texts are those that run op by op."""
+    if os.environ.get("DIHAL_NO_JAXTYPING") != "1":
+        pytest.skip("run-time shape checks break graphs: set DIHAL_NO_JAXTYPING=1")
+    torch._dynamo.reset()
+    backbone = load_backbone(tiny_model(num_blocks=12), device="cuda")  # more blocks than torch's limit of variants
+    config = MethodConfig(
+        regime="generate", split=2,
+        denoiser=DenoiserConfig(width=64, depth=2, heads=2, mask="mixed", norm="rms", self_conditioning=0.5),
+        objective=ObjectiveConfig(state=1.0, own=1.0, own_time="uniform", condition_dropout=0.1),
+    )  # fmt: skip
+    writer = build_method(config, backbone).to("cuda").eval()
+    with torch.no_grad():
+        for parameter in writer.denoiser.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    writer.fit_normalisation(backbone, [make_batch(3, 40).to("cuda")])
+    # Blocks of 8, and a last one of 4.
+    known = (torch.arange(40, device="cuda") < 12).expand(3, -1)
+    found = []
+    for options in ({}, {"static": True, "compile": True}):
+        writing = WritingConfig(steps=6, **options, **WAYS[way])  # type: ignore[arg-type]
+        for number in range(3):
+            ids, samples = make_batch(3, 40, seed=number).to("cuda").input_ids, 10 * number + torch.arange(3)
+            found.append(writer.write(backbone, ids, known, writing=writing, sample_ids=samples, end=False).tokens)
+    room = room_of(writer)
+    assert room is not None
+    assert room.compiles
+    assert room.graphs is not None
+    assert not room.graphs.failed
+    # The prompt and a block taken in; whole blocks and the last one.
+    assert len(room.graphs) == 4
+    plain, graphs = torch.stack(found[:3]), torch.stack(found[3:])
+    assert (plain == graphs).float().mean() > (0.8 if way == "bf16" else 0.98)

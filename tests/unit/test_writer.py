@@ -16,6 +16,7 @@ from dihal.spaces.build import SPACES
 from dihal.types import Time
 from dihal.writer import Writer
 from dihal.writing.block import Block
+from dihal.writing.checks import check_writing
 from dihal.writing.draw import TokenNoise, gumbel, splitmix64
 from dihal.writing.known import draw_known, position_keys, settled
 from tests.kit import tiny_backbone
@@ -751,3 +752,36 @@ def test_learned_schedules_are_trained_by_their_fit_alone(space: str, changes: d
     assert "schedule" not in loss_of(writer.eval(), backbone, make_batch(6, 16)).terms
     written = writer.write(backbone, make_batch(2, 8).input_ids, prefixes(3, 3, time=8), writing=WritingConfig(steps=3))
     assert written.tokens.shape == (2, 8)
+
+
+@pytest.mark.parametrize("way", sorted(WAYS))
+@pytest.mark.parametrize("space", ["hidden", "latent"])
+def test_the_own_head_reads_no_estimate_that_nobody_asks_it_for(
+    space: str, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = tiny_backbone()
+    writer = build(backbone, space)
+    ids, known, how = make_batch(2, 12).input_ids, prefixes(5, 5, time=12), WAYS[way]
+    blocks = -(-7 // (how.block or 7))
+    calls: list[int] = []
+    writer.space.readout.register_forward_hook(lambda *_: calls.append(1))
+    found = []
+    for always in (False, True):
+        if always:
+            monkeypatch.setattr(Block, "_read_own", lambda self: frozenset(range(self.estimates)))
+        calls.clear()
+        found.append(writer.write(backbone, ids, known, writing=how, sample_ids=torch.arange(2), end=False))
+        found.append(len(calls))
+    fewer, few, every, many = found
+    assert torch.equal(fewer.tokens, every.tokens)
+    assert torch.equal(fewer.own_tokens, every.own_tokens)
+    estimates = writer.evaluations(how) // (2 if how.guidance != 1.0 else 1)
+    assert many == blocks * estimates
+    asked = how.readout != "suffix" and (how.project > 0 or how.commit != "none")
+    assert few == (blocks * estimates if asked else blocks)
+
+
+def test_compiled_passes_need_room_of_fixed_size() -> None:
+    with pytest.raises(UsageError, match=r"writing\.static"):
+        check_writing(WritingConfig(compile=True), condition_dropout=0.0)
+    check_writing(WritingConfig(compile=True, static=True), condition_dropout=0.0)
