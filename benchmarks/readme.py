@@ -9,6 +9,7 @@ A table stands between `<!-- KIND: WORDS -->` and `<!-- end KIND -->`. The words
     frontier: FILE.json ... [at ENTROPY ...]   rows of `dihal frontier` at equal entropy; default: the real text's
     steps: FILE.json ...                       KL of the checkpoints of `dihal evaluate` over steps, by split
     sweep: FILE.json ...                       best predictors of each `dihal sweep`, and the geometry scores
+    circuits: FILE.json ...                    `compare.json` of `dihal circuits hybrid` or `compare`, one row each
 
 Files of `results` must exist. A table of another kind is left out, between its marks, while no file matches.
 """
@@ -17,19 +18,23 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from dihal.evaluation.bootstrap import Interval
 from dihal.evaluation.frontier.board import Board, Curve, SeedGroup, build_board, gather
 from dihal.evaluation.frontier.table import curve_cells, curve_columns, group_cells
 from dihal.evaluation.ranking import require_comparable
 from dihal.evaluation.result import Result, read_result
+from dihal.io import read_json
 from dihal.sweep.report import SweepReport
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"(<!-- (?P<kind>\w+): (?P<words>[^>]*?) -->\n).*?(<!-- end (?P=kind) -->)", re.DOTALL)
 
+CIRCUIT_EDGES = 1_000
+"""Edges of the circuits whose overlap is shown."""
 BEST_PREDICTORS = 5
 """Predictors shown of each sweep, beside the geometry scores."""
 
@@ -198,11 +203,59 @@ def sweep(words: Sequence[str], root: Path) -> str:
     return _table(headings, rows) if rows else ""
 
 
+# -- circuits of two models
+
+
+CIRCUITS = (
+    "backbone against", "task", "accuracy", "verdict", "shared of the top 1,000 edges (ceiling; noise null)",
+    "backbone's circuit run in it (its own; noise null)", "writers' centre, layers", "effective number of edges, x",
+)  # fmt: skip
+
+
+def _estimate(record: Mapping[str, Any], digits: int = 2) -> str:
+    return _shown(Interval(value=record["value"], low=record["low"], high=record["high"]), digits)
+
+
+def _at(overlap: Sequence[Mapping[str, Any]], k: int) -> Mapping[str, Any]:
+    return next(row for row in overlap if row["k"] == k)
+
+
+def _beside(value: str, *others: Mapping[str, Any] | float | None) -> str:
+    each = [one["value"] if isinstance(one, Mapping) else one for one in others]
+    return f"{value} ({'; '.join('-' if one is None else f'{one:.2f}' for one in each)})"
+
+
+def circuits(words: Sequence[str], root: Path) -> str:
+    """What two models share of a task's circuit; a hybrid beside the backbone with noise of the bridge's size."""
+    rows = []
+    for path in _files(words, root):
+        data = read_json(path)
+        null = data.get("noise_matched_null")
+        shared, runs = _at(data["overlap"], CIRCUIT_EDGES), data["function"]["in_second"]
+        null_shared = _at(null["overlap"], CIRCUIT_EDGES)["jaccard"] if null else None
+        null_runs = null["function"]["in_second"]["first"] if null else None
+        change = data["whole"]["concentration"]["edges"]["change"]
+        rows.append(
+            [
+                data["labels"][1].replace("hybrid of embedded", "bridge"),
+                data["task"]["task"],
+                " -> ".join(f"{one['accuracy']:.2f}" for one in data["behaviour"]),
+                data["verdict"]["call"],
+                _beside(_estimate(shared["jaccard"]), shared["ceiling"], null_shared),
+                _beside(_estimate(runs["first"]), runs["second"], null_runs),
+                _estimate(data["depth"]["writer"]["change"]["center"]),
+                _estimate({key: 2 ** change[key] for key in ("value", "low", "high")}),
+            ]
+        )
+    return _table(CIRCUITS, rows) if rows else ""
+
+
 TABLES: dict[str, Callable[[Sequence[str], Path], str]] = {
     "results": results,
     "frontier": frontier,
     "steps": steps,
     "sweep": sweep,
+    "circuits": circuits,
 }
 
 

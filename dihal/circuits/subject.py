@@ -74,8 +74,8 @@ def _is_masked_run(path: Path) -> bool:
     return is_checkpoint(path) and load_checkpoint(path).config.method.regime == "mask"
 
 
-def _open_masked_run(path: Path, load: LoadConfig) -> tuple[Backbone, int]:
-    """The converted model of a training run, and its mask token's id."""
+def _open_masked_run(path: Path, load: LoadConfig) -> tuple[Backbone, int, dict[str, Any]]:
+    """The converted model of a training run, its mask token's id, and the backbone it was made from."""
     from dihal.masked import to_causal_lm
     from dihal.restore import load_method
 
@@ -84,7 +84,7 @@ def _open_masked_run(path: Path, load: LoadConfig) -> tuple[Backbone, int]:
     model = to_causal_lm(method, origin)
     return load_backbone(
         model, dtype=load.dtype, device=load.device, attention=load.attention, tokenizer=tokenizer
-    ), int(method.mask_token_id)
+    ), int(method.mask_token_id), origin.reference.to_dict()
 
 
 def open_subject(model: str, load: LoadConfig) -> Subject:
@@ -101,8 +101,10 @@ def open_subject(model: str, load: LoadConfig) -> Subject:
         method, backbone = load_masked(path, device=load.device, dtype=load.dtype, attention=load.attention)
         kind, mask_id, opened = "masked", int(method.mask_token_id), backbone
     elif path.is_dir() and _is_masked_run(path):
-        opened, mask_id = _open_masked_run(path, load)
+        opened, mask_id, origin = _open_masked_run(path, load)
         backbone, kind = opened, "masked"
+        # The model in memory knows only where its first weights lay.
+        about |= {"name": path.resolve().name, "backbone": origin}
     elif path.is_dir() and _is_hybrid(path):
         from dihal.hybrid import load_hybrid
 
@@ -132,6 +134,8 @@ def subject_of(
 ) -> Subject:
     """A subject of something that is open already."""
     adapter = open_model(model)
+    about = {"name": adapter.name, "backbone": backbone.reference.to_dict(), **(about or {})}
+    adapter.name = about["name"]
     return Subject(
         adapter=adapter,
         tokenizer=backbone.tokenizer,
@@ -139,10 +143,8 @@ def subject_of(
         mask_id=mask_id,
         model=model,
         about={
-            **(about or {}),
+            **about,
             "kind": kind,
-            "name": adapter.name,
-            "backbone": backbone.reference.to_dict(),
             "backbone_fingerprint": backbone.fingerprint(),
             "tokenizer_fingerprint": backbone.tokenizer_fingerprint,
             **({"bridge_fingerprint": _digest(model.bridge)} if kind == "hybrid" else {}),

@@ -207,3 +207,38 @@ def test_a_damaged_sweep_is_refused(readme, tmp_path):
     write_json(ensure_dir(tmp_path / "results" / "sweep") / FILE_NAME, {"schema": "dihal.sweep/0"})
     with pytest.raises(UsageError, match="not a sweep record"):
         readme.filled(SWEEP.format(""), tmp_path)
+
+
+def _interval(value: float) -> dict[str, float]:
+    return {"value": value, "low": value - 0.1, "high": value + 0.1}
+
+
+def _compared(label: str, null: bool) -> dict[str, object]:
+    """The part of a compare.json that the table reads."""
+    overlap = [{"k": k, "jaccard": _interval(k / 2000), "ceiling": 0.8} for k in (100, 1000)]
+    runs = {"in_second": {"first": _interval(0.9), "second": _interval(0.95)}}
+    return {
+        "labels": ["embedded", label],
+        "task": {"task": "ioi"},
+        "behaviour": [{"accuracy": 1.0}, {"accuracy": 0.75}],
+        "verdict": {"call": "kept"},
+        "overlap": overlap,
+        "function": runs,
+        "whole": {"concentration": {"edges": {"change": {"value": 1.0, "low": 0.0, "high": 2.0}}}},
+        "depth": {"writer": {"change": {"center": _interval(-0.3)}}},
+        **({"noise_matched_null": {"overlap": overlap, "function": runs}} if null else {}),
+    }
+
+
+def test_the_table_of_circuits_shows_what_is_shared_beside_its_null(readme, tmp_path):
+    for name, null in (("a", True), ("b", False)):
+        folder = ensure_dir(tmp_path / "results" / "circuits" / name)
+        write_json(folder / "compare.json", _compared("hybrid of embedded at split 3", null))
+    marks = "<!-- circuits: results/circuits/*/compare.json -->\n<!-- end circuits -->"
+    first, second = rows_of(readme.filled(marks, tmp_path))
+    assert first["backbone against"] == "bridge at split 3"
+    assert first["accuracy"] == "1.00 -> 0.75"
+    assert first["shared of the top 1,000 edges (ceiling; noise null)"] == "0.50 [0.40, 0.60] (0.80; 0.50)"
+    assert second["shared of the top 1,000 edges (ceiling; noise null)"] == "0.50 [0.40, 0.60] (0.80; -)"
+    assert first["backbone's circuit run in it (its own; noise null)"] == "0.90 [0.80, 1.00] (0.95; 0.90)"
+    assert first["effective number of edges, x"] == "2.00 [1.00, 4.00]"

@@ -95,6 +95,8 @@ class Task:
     """Lines per batch (memory, not results)."""
     subset: Mapping[str, tuple[int, ...]] | None = None
     """Split -> ids that may be used, in order; None: all."""
+    pools: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Split -> what these ids were selected from: `pairs` tried, `solved` by each model, `together` by all."""
     orders: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     """Sample id -> reveal order of its answer's tokens; others are revealed left to right."""
 
@@ -112,9 +114,13 @@ class Task:
         """The same pairs under the same ids for another of the tokenizers, or another way to look at them."""
         return dataclasses.replace(self, model=model, view=self.view if view is None else view)
 
-    def restricted(self, ids: Mapping[str, Sequence[int]]) -> Task:
-        """Only the pairs with these ids, per split."""
-        return dataclasses.replace(self, subset={split: tuple(found) for split, found in ids.items()})
+    def restricted(
+        self, ids: Mapping[str, Sequence[int]], pools: Mapping[str, Mapping[str, Any]] | None = None
+    ) -> Task:
+        """Only the pairs with these ids, per split, and what they were selected from."""
+        return dataclasses.replace(
+            self, subset={split: tuple(found) for split, found in ids.items()}, pools=dict(pools or {})
+        )
 
     def revealing(self, orders: Mapping[int, Sequence[int]]) -> Task:
         """The same pairs with these reveal orders (of a clean run, shared by the corrupted one and by other models)."""
@@ -245,4 +251,5 @@ class Task:
             "view": dataclasses.asdict(self.view),
             "tokenizers": len(self.tokenizers),
             "selected": None if self.subset is None else {split: len(ids) for split, ids in self.subset.items()},
+            "selected_from": {split: dict(pool) for split, pool in self.pools.items()},
         }

@@ -54,7 +54,7 @@ def jointly_solved(
     Raises:
         UsageError: some model, or all together, solve too few: the message says how many each solves.
     """
-    chosen = {}
+    chosen, pools = {}, {}
     for split in SPLITS:
         if not n.get(split):
             continue
@@ -67,7 +67,8 @@ def jointly_solved(
                 f"{n[split]} are needed. This task cannot be compared here: choose an easier one, or a larger pool."
             )
         chosen[split] = both[: n[split]]
-    return [task.restricted(chosen) for task in tasks]
+        pools[split] = {"pairs": pool, "solved": [len(ids) for ids in found], "together": len(both)}
+    return [task.restricted(chosen, pools) for task in tasks]
 
 
 def reveal_orders(

@@ -22,6 +22,8 @@ def test_a_masked_diffusion_run_is_the_model_it_trained(make: Make) -> None:  # 
     method, backbone = load_method(folder, device="cpu")
     assert subject.kind == "masked"
     assert subject.mask_id == method.mask_token_id
+    assert subject.about["name"] == subject.adapter.name == folder.name
+    assert subject.about["backbone"] == backbone.reference.to_dict()
     ids = torch.tensor([[0, 5, 6, method.mask_token_id, 8, 9]])
     positions = torch.tensor([[1, 2]])
     with torch.no_grad():

@@ -222,6 +222,8 @@ def test_jointly_solved_keeps_what_all_models_solve(word_tokenizer) -> None:
     for one in kept:
         assert sorted(i for batch in one.pairs(5) for i in batch.ids.tolist()) == [0, 6, 12, 18, 24]
     assert kept[0].provenance()["selected"] == {"discovery": 5}
+    pool = {"pairs": 40, "solved": [20, 14], "together": 7}
+    assert [one.provenance()["selected_from"] for one in kept] == [{"discovery": pool}] * 2
     with pytest.raises(UsageError, match="solve 20, 14, and 7 together"):
         jointly_solved(tasks, models, {"discovery": 8}, pool=40)
     with pytest.raises(UsageError, match="0 together"):
