@@ -84,7 +84,7 @@ class DenoiserConfig:
     mask: Literal["causal", "bidirectional", "mixed"] = "causal"
     """Attention mask. `replace` needs `causal`."""
     attention: Literal["auto", "sdpa", "flex"] = "auto"
-    """Kernel of the mask `mixed` where nothing is cached: `flex` skips what no position sees, `sdpa` computes all; `auto`: `flex` on CUDA once the blocks are compiled."""
+    """Kernel of the mask `mixed` where nothing is cached: `flex` skips what no position sees, `sdpa` computes all; `auto`: `flex` on CUDA once the blocks are compiled, from 512 positions on."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,11 +42,12 @@ def test_which_kernel_is_chosen() -> None:
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
     for kind in ("causal", "mixed"):
         model = tiny(mask=kind)
-        assert not model._flexible(cuda)
+        assert not model._flexible(cuda, 512)
         model.compiled = True
-        assert model._flexible(cuda) == (kind == "mixed")
-        assert not model._flexible(cpu)
+        assert model._flexible(cuda, 512) == (kind == "mixed")
+        assert not model._flexible(cpu, 512)
+        assert not model._flexible(cuda, 128), "one block of 128 has nothing to skip"
         model.config = dataclasses.replace(model.config, attention="sdpa")
-        assert not model._flexible(cuda)
+        assert not model._flexible(cuda, 512)
         model.config = dataclasses.replace(model.config, attention="flex")
-        assert model._flexible(cpu) == (kind == "mixed")
+        assert model._flexible(cpu, 16) == (kind == "mixed")
