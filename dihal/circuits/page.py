@@ -37,11 +37,11 @@ def _number(value: Any) -> str:
     return f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
 
 
-def _interval(item: dict[str, Any]) -> str:
+def _interval(item: dict[str, Any], form: str = ".2f") -> str:
     if item["value"] is None:
         return ""
-    band = "" if item["low"] is None else f" [{item['low']:.2f}, {item['high']:.2f}]"
-    return f"{item['value']:.2f}{band}"
+    band = "" if item["low"] is None else f" [{item['low']:{form}}, {item['high']:{form}}]"
+    return f"{item['value']:{form}}{band}"
 
 
 def _table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -199,6 +199,28 @@ def _depth_table(data: dict[str, Any]) -> str:
     return _table("Depth", ["quantity", *data["labels"], "difference"], rows)
 
 
+def _spread_table(data: dict[str, Any]) -> str:
+    """How concentrated both models are: on edges, components, neurons, and components on tokens."""
+    rows: list[list[Any]] = []
+    for name, found in data["whole"]["concentration"].items():
+        cells = [(found[side]["value"], _interval(found[side], ".1f")) for side in ("first", "second")]
+        change = found["change"]
+        rows.append([f"{name} that carry the scores: participation ratio; log2 of second over first", *cells])
+        rows[-1].append((change["value"], _interval(change)))
+    layers, change = data["neurons"]["layers"], data["neurons"]["change"]
+    if layers:
+        means = [sum(row[side]["participation"] for row in layers) / len(layers) for side in ("first", "second")]
+        text = "neurons that carry a layer, mean over layers: participation ratio; mean log2 of second over first"
+        rows.append([text, *[(value, f"{value:.1f}") for value in means], (change["value"], _interval(change))])
+    lens = data["lens"]
+    if lens and lens["difference"] is not None:
+        low, high = lens["difference_interval"]
+        change = {"value": lens["difference"], "low": low, "high": high}
+        medians = [(value, f"{value:.3f}") for value in lens["median_specialisation"]]
+        rows.append(["top components' specialisation, median", *medians, (change["value"], _interval(change, ".3f"))])
+    return _table("Concentration", ["quantity", *data["labels"], "change"], rows)
+
+
 def _component_table(data: dict[str, Any]) -> str:
     names = data["components"]["names"]
     first, second = data["components"]["top"]["first"], data["components"]["top"]["second"]
@@ -234,6 +256,7 @@ def comparison_page(data: dict[str, Any], drawn: Sequence[Drawn]) -> str:
         + _figures(drawn)
         + _overlap_table(data)
         + _depth_table(data)
+        + _spread_table(data)
         + _component_table(data)
         + "<h2>Where it comes from</h2>"
         + "".join(_facts(label, model) for label, model in zip(data["labels"], data["models"], strict=True))

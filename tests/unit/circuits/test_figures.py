@@ -101,4 +101,5 @@ def test_all_figures_of_a_comparison(tmp_path: Path) -> None:
         assert (tmp_path / f"{name}.svg").read_text(encoding="utf-8").lstrip().startswith("<?xml")
     page = comparison_page(data, drawn)
     assert ">rewired<" in page
+    assert "Concentration" in page
     assert "<script src" not in page
