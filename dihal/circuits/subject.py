@@ -82,9 +82,11 @@ def _open_masked_run(path: Path, load: LoadConfig) -> tuple[Backbone, int, dict[
     method, origin = load_method(path, device="cpu", weights=load.weights)
     tokenizer = origin.tokenizer
     model = to_causal_lm(method, origin)
-    return load_backbone(
-        model, dtype=load.dtype, device=load.device, attention=load.attention, tokenizer=tokenizer
-    ), int(method.mask_token_id), origin.reference.to_dict()
+    return (
+        load_backbone(model, dtype=load.dtype, device=load.device, attention=load.attention, tokenizer=tokenizer),
+        int(method.mask_token_id),
+        origin.reference.to_dict(),
+    )
 
 
 def open_subject(model: str, load: LoadConfig) -> Subject:
