@@ -17,6 +17,8 @@ __all__ = [
     "correlation",
     "covariance_of_both",
     "cusolver",
+    "half_product",
+    "native_half",
     "spectrum",
     "spectrum_and_basis",
 ]
@@ -65,7 +67,8 @@ def _packed_size(dim: int, device: torch.device) -> int:
     return sum((stop - start) * (dim - start) for start, stop in _columns(dim, device))
 
 
-def _half_product(a: Tensor, b: Tensor) -> Tensor:
+def half_product(a: Tensor, b: Tensor) -> Tensor:
+    """Product of half-precision matrices with an fp32 result; on CUDA only."""
     return torch.mm(a, b, out_dtype=torch.float32)
 
 
@@ -74,7 +77,7 @@ def add_upper_gram(x: Float[Tensor, "tokens dim"], total: Float[Tensor, "packed"
 
     fp32 and fp64 are multiplied in their own precision, half precision on CUDA with an fp32 result.
     """
-    product = _half_product if native_half(x.dtype, x.device) else torch.mm
+    product = half_product if native_half(x.dtype, x.device) else torch.mm
     for start, stop, block in _packed(x.shape[1], total):
         block += product(x[:, start:stop].mT, x[:, start:])
 

@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dihal.geometry.moments import half_product
+
 __all__ = ["FLOOR", "LocalSpread", "candidates", "curvature", "local_spread"]
 
 FLOOR = 1e-8
@@ -108,16 +110,12 @@ def _halves(points: Float[Tensor, "points dim"]) -> tuple[Tensor, Tensor]:
     return high, (points - high).bfloat16()
 
 
-def _half_product(a: Tensor, b: Tensor) -> Tensor:
-    return torch.mm(a, b, out_dtype=torch.float32)
-
-
 def _split_product(halves: tuple[Tensor, Tensor], block: Tensor) -> Float[Tensor, "block points"]:
     """Products of some points with all, from halves; that of the two low ones is below what is left out."""
     high, low = halves
     near_high, near_low = high.index_select(0, block), low.index_select(0, block)
-    product = _half_product(near_high, high.mT)
-    return product.add_(_half_product(near_high, low.mT)).add_(_half_product(near_low, high.mT))
+    product = half_product(near_high, high.mT)
+    return product.add_(half_product(near_high, low.mT)).add_(half_product(near_low, high.mT))
 
 
 def _influence(share: Tensor, distance: Tensor) -> Tensor:

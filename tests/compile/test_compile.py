@@ -6,7 +6,6 @@ Run by `make test` in a process of its own: run-time shape checks (see tests/con
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -24,14 +23,6 @@ pytestmark = pytest.mark.skipif(
 
 BLOCKS = 10  # more than torch's limit of recompilations: a block that needs a graph of its own is noticed
 SMALL = DenoiserConfig(width=32, depth=10, heads=4)
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 def compile_blocks(*blocks: torch.nn.Module) -> None:

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -31,14 +30,6 @@ WAYS = {
     "guided": {"guidance": 1.5},
     "bf16": {"readout": "fused", "project": 0.5, "precision": "bfloat16"},
 }
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 def variants() -> int:

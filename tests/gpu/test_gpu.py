@@ -6,11 +6,12 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from dihal.backbone import load_backbone
+from dihal.backbone import Backbone, load_backbone
 from dihal.checkpoint import load_checkpoint
 from dihal.config import DenoiserConfig, MethodConfig, ObjectiveConfig
 from dihal.config.spaces import WritingConfig
@@ -138,6 +139,16 @@ def test_a_device_that_is_not_there(dihal: Dihal, tmp_path: Path, capsys: pytest
     assert not (tmp_path / "run").exists()
 
 
+def moved_writer(config: MethodConfig, backbone: Backbone) -> Any:
+    """A writer that has moved from where it starts, so that what it writes depends on all it reads."""
+    writer = build_method(config, backbone).to("cuda").eval()
+    with torch.no_grad():
+        for parameter in writer.denoiser.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    writer.fit_normalisation(backbone, [make_batch(3, 40).to("cuda")])
+    return writer
+
+
 WAYS = {
     "whole": {},
     "blocks": {"block": 8},
@@ -160,11 +171,7 @@ def test_writing_by_graphs_writes_the_same(space: str, way: str) -> None:
         denoiser=DenoiserConfig(width=32, depth=2, heads=4, mask="mixed", norm="rms", self_conditioning=0.5),
         objective=ObjectiveConfig(state=float(space == "hidden"), own=1.0, own_time="uniform", condition_dropout=0.1),
     )  # fmt: skip
-    writer = build_method(config, backbone).to("cuda").eval()
-    with torch.no_grad():
-        for parameter in writer.denoiser.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    writer.fit_normalisation(backbone, [make_batch(3, 40).to("cuda")])
+    writer = moved_writer(config, backbone)
     known = (torch.arange(40, device="cuda") < 8).expand(3, -1)
     # Three texts: run, captured where the first had only one of a kind, replayed.
     found: dict[bool, list[torch.Tensor]] = {False: [], True: []}
@@ -198,11 +205,7 @@ def test_writing_by_graphs_of_compiled_blocks_writes_the_same(way: str) -> None:
         denoiser=DenoiserConfig(width=64, depth=2, heads=2, mask="mixed", norm="rms", self_conditioning=0.5),
         objective=ObjectiveConfig(state=1.0, own=1.0, own_time="uniform", condition_dropout=0.1),
     )  # fmt: skip
-    writer = build_method(config, backbone).to("cuda").eval()
-    with torch.no_grad():
-        for parameter in writer.denoiser.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    writer.fit_normalisation(backbone, [make_batch(3, 40).to("cuda")])
+    writer = moved_writer(config, backbone)
     # Blocks of 8, and a last one of 4.
     known = (torch.arange(40, device="cuda") < 12).expand(3, -1)
     found = []

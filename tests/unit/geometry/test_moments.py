@@ -79,7 +79,7 @@ def test_tokens_of_zeros_add_nothing_and_the_narrow_covariance_is_the_same(d: in
     from dihal.geometry import moments
 
     monkeypatch.setattr(moments, "native_half", lambda dtype, device: dtype == torch.bfloat16)
-    monkeypatch.setattr(moments, "_half_product", lambda a, b: a.float() @ b.float())
+    monkeypatch.setattr(moments, "half_product", lambda a, b: a.float() @ b.float())
     x = states(400, d).bfloat16()
     where = torch.tensor([0, 7, 200, 399])
     kept = torch.ones(400, dtype=torch.bool).index_fill_(0, where, False)

@@ -132,7 +132,7 @@ def adverse(kind: str) -> torch.Tensor:
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(neighbours, "_splits", lambda points: True)
-    monkeypatch.setattr(neighbours, "_half_product", lambda a, b: a.float() @ b.float())
+    monkeypatch.setattr(neighbours, "half_product", lambda a, b: a.float() @ b.float())
     monkeypatch.setattr(neighbours, "_measured_on_cpu", neighbours._measured_on_gpu)
 
 

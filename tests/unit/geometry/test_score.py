@@ -222,7 +222,7 @@ def test_everything_as_on_a_gpu_comes_to_the_same(monkeypatch: pytest.MonkeyPatc
     for module in (moments, statistics):
         monkeypatch.setattr(module, "native_half", lambda dtype, device: dtype == torch.bfloat16)
     for module in (moments, neighbours):
-        monkeypatch.setattr(module, "_half_product", lambda a, b: a.float() @ b.float())
+        monkeypatch.setattr(module, "half_product", lambda a, b: a.float() @ b.float())
     monkeypatch.setattr(streaming, "_block_by_block", lambda backbone: True)
     monkeypatch.setattr(neighbours, "_splits", lambda points: True)
     monkeypatch.setattr(neighbours, "_measured_on_cpu", neighbours._measured_on_gpu)

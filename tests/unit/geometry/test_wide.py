@@ -151,7 +151,7 @@ def test_sums_in_half_precision_wait_in_fp32_and_come_to_the_same(monkeypatch: p
     from dihal.geometry import moments
 
     monkeypatch.setattr(moments, "native_half", lambda dtype, device: dtype == torch.bfloat16)
-    monkeypatch.setattr(moments, "_half_product", lambda a, b: a.float() @ b.float())
+    monkeypatch.setattr(moments, "half_product", lambda a, b: a.float() @ b.float())
     monkeypatch.setattr(moments, "_RECENT", 3)
     x = torch.randn(7 * 300, 40, generator=torch.Generator().manual_seed(0)).bfloat16()
     found, whole = (Moments(torch.zeros(40), torch.bfloat16) for _ in range(2))
