@@ -225,6 +225,14 @@ def _beside(value: str, *others: Mapping[str, Any] | float | None) -> str:
     return f"{value} ({'; '.join('-' if one is None else f'{one:.2f}' for one in each)})"
 
 
+def _accuracies(data: Mapping[str, Any]) -> list[float]:
+    """Share of all pairs that each model solves, also where circuits were run on those that both solve."""
+    pool = (data["task"].get("selected_from") or {}).get("discovery")
+    if pool is None:
+        return [one["accuracy"] for one in data["behaviour"]]
+    return [solved / pool["pairs"] for solved in pool["solved"]]
+
+
 def circuits(words: Sequence[str], root: Path) -> str:
     """What two models share of a task's circuit; a hybrid beside the backbone with noise of the bridge's size."""
     rows = []
@@ -239,7 +247,7 @@ def circuits(words: Sequence[str], root: Path) -> str:
             [
                 data["labels"][1].replace("hybrid of embedded", "bridge"),
                 data["task"]["task"],
-                " -> ".join(f"{one['accuracy']:.2f}" for one in data["behaviour"]),
+                " -> ".join(f"{share:.2f}" for share in _accuracies(data)),
                 data["verdict"]["call"],
                 _beside(_estimate(shared["jaccard"]), shared["ceiling"], null_shared),
                 _beside(_estimate(runs["first"]), runs["second"], null_runs),

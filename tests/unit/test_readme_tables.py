@@ -233,11 +233,16 @@ def _compared(label: str, null: bool) -> dict[str, object]:
 def test_the_table_of_circuits_shows_what_is_shared_beside_its_null(readme, tmp_path):
     for name, null in (("a", True), ("b", False)):
         folder = ensure_dir(tmp_path / "results" / "circuits" / name)
-        write_json(folder / "compare.json", _compared("hybrid of embedded at split 3", null))
+        compared = _compared("hybrid of embedded at split 3", null)
+        if not null:
+            pool = {"pairs": 40, "solved": [36, 18], "together": 18}
+            compared["task"]["selected_from"] = {"discovery": pool, "test": {**pool, "solved": [40, 40]}}
+        write_json(folder / "compare.json", compared)
     marks = "<!-- circuits: results/circuits/*/compare.json -->\n<!-- end circuits -->"
     first, second = rows_of(readme.filled(marks, tmp_path))
     assert first["backbone against"] == "bridge at split 3"
     assert first["accuracy"] == "1.00 -> 0.75"
+    assert second["accuracy"] == "0.90 -> 0.45", "of the pairs tried, not of those chosen because both solve them"
     assert first["shared of the top 1,000 edges (ceiling; noise null)"] == "0.50 [0.40, 0.60] (0.80; 0.50)"
     assert second["shared of the top 1,000 edges (ceiling; noise null)"] == "0.50 [0.40, 0.60] (0.80; -)"
     assert first["backbone's circuit run in it (its own; noise null)"] == "0.90 [0.80, 1.00] (0.95; 0.90)"
