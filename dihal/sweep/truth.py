@@ -79,6 +79,8 @@ def _identity(config: SweepConfig, run: TrainConfig, backbone: Backbone, data: T
         del plain[name]
     # Where things lie is not what they are; their fingerprints are below.
     del plain["backbone"]["id"], plain["backbone"]["device"], plain["data"]["source"]
+    # How text is written decides no weight.
+    writing = plain["method"].pop("writing")
     trained = hash_json(
         {
             "train": plain,
@@ -90,11 +92,12 @@ def _identity(config: SweepConfig, run: TrainConfig, backbone: Backbone, data: T
     names = ("tokens", "windows_per_document", "steps", "seed")
     replaced = {name: getattr(config, name) for name in names}
     written = {name: value for name, value in to_dict(config.text).items() if name not in ("batch_size", "entropy")}
+    written |= {"prompts": config.seed, "method": writing}
     measured = hash_json(
         {
             "schema": SPLIT_SCHEMA,
             "trained": trained,
-            "evaluation": replaced if run.method.regime == "replace" else {**written, "prompts": config.seed},
+            "evaluation": replaced if run.method.regime == "replace" else written,
             "weights": config.weights,
             "metric_version": METRIC_VERSION,
         }

@@ -151,6 +151,15 @@ def test_the_same_command_trains_nothing_again(
         assert getattr(again, part) == getattr(report, part)
 
 
+def test_how_text_would_be_written_is_no_other_sweep_where_none_is(
+    template: SweepConfig, backbone: Backbone, done: tuple[SweepReport, Path], trained: list
+) -> None:
+    method = replace(template.train.method, writing=replace(template.train.method.writing, steps=7))
+    other = replace(template, train=replace(template.train, method=method), out=str(done[1]), report=False)
+    assert sweep(other, backbone=backbone, console=Console(quiet=True)) is None
+    assert trained == []
+
+
 def test_other_options_are_not_mixed_in(template: SweepConfig, backbone: Backbone, done, trained: list) -> None:
     other = replace(template, out=str(done[1]), tokens=400)
     with pytest.raises(UsageError, match="measured with other options"):
