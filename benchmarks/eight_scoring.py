@@ -22,13 +22,21 @@ from dihal.config import ScoreConfig
 from dihal.geometry import parallel, score, streaming
 from dihal.geometry.functionals import entropy
 from dihal.geometry.layer import Sampling, assess_layer
-from dihal.geometry.moments import Moments, add_upper_gram, cusolver, spectrum
+from dihal.geometry.moments import (
+    Moments,
+    _adds_in_place,
+    add_upper_gram,
+    correlation,
+    covariance_of_both,
+    cusolver,
+    spectrum,
+)
 from dihal.geometry.neighbours import candidates, local_spread
 from dihal.geometry.proxies import effective_rank
 from dihal.geometry.score import score_layers
 from dihal.geometry.statistics import LayerStatistics
 from dihal.geometry.streaming import stream_statistics
-from dihal.geometry.subspace import _rough_product
+from dihal.geometry.subspace import Size, _orthonormal, _products, _rough_product, _rounded, largest_values
 from dihal.geometry.wide import extremes
 from dihal.geometry.windows import draw_documents, plan_chunks, sample_pool
 
@@ -141,7 +149,9 @@ def breakdown(
             finally:
                 parallel.STREAMS = before
             bench.row(f"part: assessment, {name}, {streams} streams, per layer", 1e3 * took / len(few), "ms")
-    # As in the product, where all layers are assessed inside one such scope.
+    # As in the product, where all layers are assessed inside one such scope, by workers of one thread each.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with torch.no_grad(), cusolver(bench.device):
         pieces(bench, layers, config)
         for name, chosen in (("no spectra", config), ("exact spectra", exact)):
@@ -153,9 +163,31 @@ def breakdown(
         slots = torch.arange(8, device=bench.device)
         with bench.part("kernels, statistics"):
             kernels(bench, "statistics of a chunk", lambda: few[-1].add(x, counted, slots, slots))
+    torch.set_num_threads(threads)
     del layers, few, x
     with bench.part("whole"):
         whole(bench, lambda: score_layers(backbone, texts, config))
+
+
+def standard(layer: LayerStatistics) -> list[torch.Tensor]:
+    """Covariances of a layer's kept tokens in the three kinds of coordinates, as the product makes them."""
+    raw, variance = layer.kept["raw"].narrow_covariance
+    return [raw, layer.kept["rms"].narrow_covariance[0], correlation(raw, variance)[0]]
+
+
+def filters(bench: Bench, name: str, layer: LayerStatistics, three: list[torch.Tensor]) -> None:
+    """How much of each matrix is read for its e_1, without sinks and with them."""
+    both = [covariance_of_both(m, layer.kept[k], layer.dropped[k]) for m, k in zip(three, ("raw", "rms"))]
+    for error in (None, 5e-5):
+        found = largest_values(three, error=error)
+        bench.row(
+            f"filters for e_1 to {error or 1e-6}, {name}", found.filters, products=found.products,
+            residual=float((found.residuals[:, 0] / found.values[:, 0]).max()),
+        )  # fmt: skip
+    error = float(found.values[0, 0] / spectrum(three[0].double())[0]) - 1
+    bench.row(f"error of e_1 to 5e-05, {name}", error, bar="<= 1e-4", ok=abs(error) <= 1e-4)
+    again = largest_values(both, found.block[:2], error=5e-4)
+    bench.row(f"filters for e_1 with sinks, {name}", again.filters, products=again.products)
 
 
 def pieces(bench: Bench, layers: list[LayerStatistics], config: ScoreConfig) -> None:
@@ -170,13 +202,14 @@ def pieces(bench: Bench, layers: list[LayerStatistics], config: ScoreConfig) -> 
     anchors = torch.arange(min(config.anchors, len(points) // 2), device=bench.device)
     found = candidates(points, anchors, min(config.neighbours + 4, len(points) - 1))
     assert len(found) == len(anchors)
-    # The first and the last layer: embeddings are even, deep states are not.
-    wide = [
-        torch.stack([item.kept[name].covariance.float() for name in ("raw", "rms", "raw")])
-        for item in layers[:: len(layers) - 1]
-    ]
-    known = [extremes(list(three)) for three in wide]
-    for name, three, item in zip(("first", "last"), wide, known):
+    # The first, a middle and the last layer: embeddings are even, deep states are not.
+    names = ("first", "middle", "last")
+    of_layers = [layers[0], layers[len(layers) // 2], layers[-1]]
+    wide = [standard(item) for item in of_layers]
+    known = [extremes(three) for three in wide]
+    for name, item, three in zip(names, of_layers, wide):
+        filters(bench, f"{name} layer", item, three)
+    for name, three, item in zip(names, wide, known):
         reach = item.largest[0] * dim / item.traces[0]
         residuals = item.found.residuals[:, 0] / item.found.values[:, 0]
         bench.row(f"e_1 / mean eigenvalue, {name} layer", reach, residual=float(residuals.max()))
@@ -190,29 +223,33 @@ def pieces(bench: Bench, layers: list[LayerStatistics], config: ScoreConfig) -> 
             bar="<= 1e-3",
             ok=abs(error) <= 1e-3,
         )
+    small = torch.randn(3, 32, 32, dtype=torch.float64)
+    small = small + small.mT
     matrix = wide[-1][0] / wide[-1][0].diagonal().mean()
     matrix.diagonal().add_(0.01)
     works: list[tuple[str, Callable[[], Any]]] = [
         ("moments of a chunk, one kind", lambda: moments.add(x)),
-        ("copy of a chunk", lambda: x.clone()),
         ("rms of a chunk", lambda: F.rms_norm(x, (dim,), eps=torch.finfo(torch.float32).tiny)),
         ("sum of a chunk", lambda: x.sum(0, dtype=torch.float32)),
         ("products of a chunk", lambda: add_upper_gram(x, moments._recent if moments._recent is not None else moments._second)),
         ("statistics of a chunk, whole", lambda: layer.add(x, first, where, where)),
-        ("covariance", lambda: layer.kept["raw"].covariance),
         ("covariance, fp32", lambda: layer.kept["raw"].narrow_covariance),
         ("candidates of one kind", lambda: candidates(points, anchors, config.neighbours + 4)),
         ("neighbours of one kind", lambda: local_spread(points, anchors, config.neighbours)),
-        ("largest of three, first layer", lambda: extremes(list(wide[0]))),
-        ("largest of three, last layer", lambda: extremes(list(wide[-1]))),
-        ("largest of three, again from what was found", lambda: extremes(list(wide[-1]), known[-1].found)),
-        ("one product with a block", lambda: torch.bmm(wide[-1], known[-1].found.block)),
+        *((f"largest of three to 5e-5, {n} layer", lambda w=w: extremes(w, error=5e-5)) for n, w in zip(names, wide)),
+        *((f"largest of three to 1e-6, {n} layer", lambda w=w: extremes(w)) for n, w in zip(names, wide)),
+        ("largest of three, again from what was found", lambda: extremes(wide[-1], known[-1].found, error=5e-4)),
+        ("traces and norms of three", lambda: Size(wide[-1])),
+        ("orthonormal blocks of three", lambda: _orthonormal(known[-1].found.block)),
+        ("eigenvalues of three small matrices on the host", lambda: torch.linalg.eigh(small)),
+        ("one product of three matrices with a block", lambda: _products(wide[-1], known[-1].found.block)),
         ("entropy by determinants", lambda: entropy(wide[-1][0], known[-1].largest[0] * dim / known[-1].traces[0])),
         ("one Cholesky factorisation, float32", lambda: torch.linalg.cholesky_ex(matrix)),
-        ("one Cholesky factorisation, float64", lambda: torch.linalg.cholesky_ex(matrix.double())),
     ]  # fmt: skip
     if bench.device.type == "cuda":
-        rounded = wide[-1].bfloat16()
+        bench.row("products are added in place", float(_adds_in_place(x.device)))
+        rounded = _rounded(wide[-1])
+        works.append(("rounding of three matrices", lambda: _rounded(wide[-1])))
         works.append(("one product with a block, rounded", lambda: _rough_product(rounded, known[-1].found.block)))
     for name, work in works:
         with bench.part(name):

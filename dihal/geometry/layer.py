@@ -49,7 +49,7 @@ class Proxies:
     stiffness_with_sinks: float
     rank_with_sinks: float
     largest_eigenvalue: float
-    """e_1, in squared units of the states."""
+    """e_1, in squared units of the states; to 1e-4 of itself where no spectrum is asked for and channels are many."""
     mean_eigenvalue: float
     """mu = tr(S) / d, in squared units of the states."""
     anchors: int
@@ -147,6 +147,11 @@ def _with_sinks(known: list[_Spectral], covariances: list[Tensor], config: Score
     return [_summary(e, config) for e in spectra_with_sinks(values, covariances)]
 
 
+_ENOUGH = (5e-5, 5e-4)
+"""Relative error of a wide layer's e_1, so its stiffness' error in nats, where no spectrum is asked for: without sinks, and with
+them, which is for comparison. The entropy's poles follow from e_1 and the largest values: there it is 1e-6."""
+
+
 def _stiffness(largest: float, mean: float, config: ScoreConfig) -> Tensor:
     return -torch.log(torch.tensor(largest + config.rho * mean, dtype=torch.float64))
 
@@ -154,7 +159,8 @@ def _stiffness(largest: float, mean: float, config: ScoreConfig) -> Tensor:
 def _wide(views: list[View], config: ScoreConfig) -> tuple[list[_Spectral], list[tuple[Tensor, Tensor]]]:
     """Of each view, what its covariance says, and stiffness and rank with sinks; nothing is solved for."""
     dim = views[0].covariance.shape[0]
-    known = extremes([view.covariance for view in views])
+    enough, compared = _ENOUGH if config.rank == "participation" else (None, None)
+    known = extremes([view.covariance for view in views], error=enough)
     spectral = [
         _Spectral(
             stiffness=_stiffness(known.largest[i], known.traces[i] / dim, config),
@@ -168,7 +174,7 @@ def _wide(views: list[View], config: ScoreConfig) -> tuple[list[_Spectral], list
     if not covariances:
         return spectral, [(item.stiffness, item.rank) for item in spectral]
     # Something was dropped in all coordinates or in none: the views of both lists correspond.
-    both = extremes(covariances, known.found)
+    both = extremes(covariances, known.found, error=compared)
     sinks = [
         (
             _stiffness(both.largest[i], both.traces[i] / dim, config),

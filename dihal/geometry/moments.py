@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -72,14 +73,40 @@ def half_product(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b, out_dtype=torch.float32)
 
 
+def _add_half_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+
+
+@functools.cache
+def _adds_in_place(device: torch.device) -> bool:
+    """Whether a product of half precision can be added to an fp32 sum as it is made; asked of the device, once.
+
+    Not every release of torch that multiplies into fp32 also adds there. Else the product is made, read and added:
+    half as many bytes again.
+    """
+    x = torch.arange(64 * 32, device=device).remainder(7).view(64, 32).bfloat16()
+    total = torch.ones(32, 32, device=device)
+    try:
+        _add_half_product(total, x.mT, x)
+    except (NotImplementedError, RuntimeError, TypeError):
+        return False
+    return torch.equal(total, half_product(x.mT, x) + 1)  # small whole numbers: both are exact
+
+
 def add_upper_gram(x: Float[Tensor, "tokens dim"], total: Float[Tensor, "packed"]) -> None:
     """Add the upper triangle of X^T X to a sum of such (fp32 or fp64), block column by block column.
 
     fp32 and fp64 are multiplied in their own precision, half precision on CUDA with an fp32 result.
     """
-    product = half_product if native_half(x.dtype, x.device) else torch.mm
+    half = native_half(x.dtype, x.device)
+    in_place = half and total.dtype == torch.float32 and _adds_in_place(x.device)
+    product = half_product if half else torch.mm
     for start, stop, block in _packed(x.shape[1], total):
-        block += product(x[:, start:stop].mT, x[:, start:])
+        left, right = x[:, start:stop].mT, x[:, start:]
+        if in_place:
+            _add_half_product(block, left, right)
+        else:
+            block += product(left, right)
 
 
 class Moments:

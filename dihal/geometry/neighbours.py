@@ -107,7 +107,7 @@ def _splits(points: Tensor) -> bool:
 def _halves(points: Float[Tensor, "points dim"]) -> tuple[Tensor, Tensor]:
     """Two bf16 numbers whose sum is each point to 17 bits."""
     high = points.bfloat16()
-    return high, (points - high).bfloat16()
+    return high, torch.sub(points, high, out=torch.empty_like(high))
 
 
 def _split_product(halves: tuple[Tensor, Tensor], block: Tensor) -> Float[Tensor, "block points"]:

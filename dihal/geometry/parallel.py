@@ -100,12 +100,10 @@ def _streams(device: torch.device) -> Iterator[Callable[..., Future[Any]]]:
 
     # torch loads its solvers at the first use, and two threads that do so at once fail.
     torch.linalg.cholesky_ex(torch.eye(2, device=device))
-    pool = ThreadPoolExecutor(STREAMS, "dihal-streams")
-    try:
-        with cusolver(device):
-            yield submit
-    finally:
-        pool.shutdown(cancel_futures=True)
+    # One torch thread each: the small eigenproblems of the host gain nothing from more, whose waiting takes the
+    # processors from the thread that launches the forward pass.
+    with cusolver(device), _threads(STREAMS) as pool:
+        yield submit
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from dihal.config import ScoreConfig
 from dihal.geometry.functionals import entropy
 from dihal.geometry.moments import spectrum
 from dihal.geometry.proxies import effective_rank
-from dihal.geometry.subspace import Largest, largest_values
+from dihal.geometry.subspace import Largest, Size, largest_values
 
 __all__ = ["Extremes", "extremes", "log_rank", "rank_with_sinks"]
 
@@ -32,11 +32,13 @@ class Extremes:
     Attributes:
         largest: e_1 of each matrix.
         traces: sum of all eigenvalues of each.
+        squares: sum of all eigenvalues squared of each.
         found: the block they come from.
     """
 
     largest: list[float]
     traces: list[float]
+    squares: list[float]
     found: Largest
 
     def top(self, i: int) -> Tensor:
@@ -46,26 +48,30 @@ class Extremes:
         return torch.cat([torch.tensor([self.largest[i]], dtype=torch.float64), values[1 : max(converged, 1)]])
 
 
-def extremes(covariances: list[Float[Tensor, "dim dim"]], start: Largest | None = None) -> Extremes:
-    """e_1 and trace of each covariance; ``start``: what was found of matrices much like them."""
-    matrices = torch.stack(covariances)
-    traces = matrices.diagonal(dim1=1, dim2=2).sum(1, dtype=torch.float64).tolist()
-    found = largest_values(matrices, None if start is None else start.block)
+def extremes(
+    covariances: list[Float[Tensor, "dim dim"]], start: Largest | None = None, *, error: float | None = None
+) -> Extremes:
+    """e_1, trace and Frobenius norm of each covariance.
+
+    Args:
+        covariances: fp32.
+        start: what was found of matrices much like them.
+        error: relative error of e_1 that is enough (see :func:`largest_values`); None: about 1e-6.
+    """
+    size = Size(covariances)
+    found = largest_values(covariances, None if start is None else start.block, size=size, error=error)
     settled = found.settled.tolist()
     largest = [
         float(found.values[i, 0]) if settled[i] else float(spectrum(covariance)[0])
         for i, covariance in enumerate(covariances)
     ]
-    return Extremes(largest=largest, traces=traces, found=found)
+    return Extremes(largest=largest, traces=size.traces, squares=size.squares, found=found)
 
 
 def log_rank(covariance: Float[Tensor, "dim dim"], known: Extremes, i: int, config: ScoreConfig) -> Float[Tensor, ""]:
     """Log effective rank, fp64; NaN where it must be solved for."""
     if config.rank == "participation":
-        # A GPU sums as a tree: fp32 is good to 1e-7 there, and takes half the time.
-        wide = None if covariance.is_cuda else torch.float64
-        square = torch.linalg.vector_norm(covariance, dtype=wide).double().square()
-        return 2 * math.log(known.traces[i]) - torch.log(square)
+        return torch.tensor(2 * math.log(known.traces[i]) - math.log(known.squares[i]), dtype=torch.float64)
     found = entropy(covariance, known.largest[i] * covariance.shape[0] / known.traces[i])
     return effective_rank(spectrum(covariance).double(), kind=config.rank) if found is None else found
 

@@ -66,38 +66,119 @@ def test_an_indefinite_matrix_has_no_entropy() -> None:
 
 def test_largest_values_of_several_matrices_at_once() -> None:
     kinds = [kind for kind in SPECTRA if kind != "even"]
-    found = largest_values(torch.stack([matrix(kind) for kind in kinds]))
+    matrices = [matrix(kind) for kind in kinds]
+    before = [found.clone() for found in matrices]
+    found = largest_values(matrices)
     assert bool(found.settled.all())
     exact = torch.stack([SPECTRA[kind].max() for kind in kinds])
     torch.testing.assert_close(found.values[:, 0], exact, rtol=5e-6, atol=0)
     gram = found.block.double().mT @ found.block.double()
     torch.testing.assert_close(gram, torch.eye(gram.shape[1], dtype=torch.float64).expand_as(gram), atol=1e-5, rtol=0)
+    assert all(torch.equal(one, two) for one, two in zip(matrices, before))
+
+
+@pytest.fixture
+def rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Filters as on a GPU."""
+    monkeypatch.setitem(subspace._PANELS, "cpu", 4)
+    monkeypatch.setattr(subspace, "_rounds", lambda device: True)
+    monkeypatch.setattr(subspace, "_rough_product", lambda m, block: m.float() @ block.to(m.dtype).float())
 
 
 @pytest.mark.parametrize("kind", list(SPECTRA))
-def test_rounded_first_steps_cost_no_accuracy_and_at_most_a_stage(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    stages: list[int] = []
-    filtered = subspace._filtered
-
-    def counted(*arguments):
-        stages.append(arguments[-1])
-        return filtered(*arguments)
-
-    monkeypatch.setattr(subspace, "_filtered", counted)
-    plain = largest_values(matrix(kind)[None])
-    without, rough = len(stages), any(stages)
-    monkeypatch.setattr(subspace, "_rounds", lambda device: True)
-    monkeypatch.setattr(subspace, "_rough_product", lambda m, block: m.float() @ block.to(m.dtype).float())
-    found = largest_values(matrix(kind)[None])
-    assert not rough
+def test_rounded_first_steps_cost_no_accuracy_and_at_most_a_filter(kind: str, request: pytest.FixtureRequest) -> None:
+    plain = largest_values([matrix(kind)])
+    request.getfixturevalue("rounding")
+    products: list[torch.dtype] = []
+    rough = subspace._rough_product
+    request.getfixturevalue("monkeypatch").setattr(
+        subspace, "_rough_product", lambda m, block: (products.append(m.dtype), rough(m, block))[1]
+    )
+    found = largest_values([matrix(kind)])
     assert bool(found.settled[0]) or not bool(plain.settled[0])
-    assert len(stages) - without <= without + 1
-    assert any(stages) == (len(stages) > without)
+    assert found.filters <= plain.filters + 1
+    assert set(products) == {torch.bfloat16}
     assert float(found.values[0, 0]) == pytest.approx(float(SPECTRA[kind].max()), rel=5e-6)
 
 
+def sampled(kind: str) -> torch.Tensor:
+    """Covariances without a gap, with one, and of heavy tails."""
+    d = 500
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(8 * d, d, generator=generator)
+    if kind == "few samples":
+        x = x[: d + 20]
+    if kind == "gap":
+        x += 0.05 * torch.randn(len(x), 1, generator=generator) * torch.ones(d)
+    if kind == "heavy tokens":
+        x *= torch.randn(len(x), 1, generator=generator).exp()
+    if kind == "heavy channels":
+        x *= torch.logspace(0, -2, d)
+    if kind == "one token":
+        x[0] += 200
+    if kind == "one channel":
+        x[:, 7] *= 60
+    return torch.cov(x.T, correction=0)
+
+
+SAMPLED = ("bulk", "few samples", "gap", "heavy tokens", "heavy channels", "one token", "one channel")
+
+
+@pytest.mark.parametrize("kind", SAMPLED)
+def test_what_is_asked_for_is_what_the_largest_value_is_good_to(kind: str, rounding: None) -> None:
+    cov = sampled(kind)
+    exact = float(torch.linalg.eigvalsh(cov.double())[-1])
+    fine, coarse, compared = (largest_values([cov], error=error) for error in (None, 5e-5, 5e-4))
+    for found, error in ((fine, 5e-6), (coarse, 1e-4), (compared, 1e-3)):
+        assert bool(found.settled[0])
+        assert float(found.values[0, 0]) == pytest.approx(exact, rel=error)
+        # Where the error is only estimated, an eigenvalue is within the residual all the same.
+        assert float(found.residuals[0, 0]) < 1e-2 * exact
+    assert compared.products <= coarse.products <= fine.products
+    if kind in ("bulk", "few samples"):
+        assert coarse.products < fine.products
+
+
+def test_settled_matrices_are_not_multiplied_any_more(rounding: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    rough = subspace._rough_product
+    monkeypatch.setattr(subspace, "_rough_product", lambda m, block: (sizes.append(len(m)), rough(m, block))[1])
+    kinds = ("bulk", "one token", "bulk")
+    found = largest_values([sampled(kind) for kind in kinds])
+    assert bool(found.settled.all())
+    assert {*sizes} == {3, 2}
+    for i, kind in enumerate(kinds):
+        alone = largest_values([sampled(kind)])
+        assert float(found.values[i, 0]) == pytest.approx(float(alone.values[0, 0]), rel=1e-6)
+
+
+def test_from_what_was_found_of_the_same_matrix_nothing_is_filtered(rounding: None) -> None:
+    found = largest_values([sampled("bulk")])
+    again = largest_values([sampled("bulk")], found.block, error=5e-4)
+    assert (again.filters, again.products) == (0, 1)
+    assert float(again.values[0, 0]) == pytest.approx(float(found.values[0, 0]), rel=1e-4)
+
+
+@pytest.mark.parametrize("rank", ["one channel only", "one direction", "constant"])
+def test_degenerate_matrices_have_a_largest_value_and_a_whole_block(rank: str, rounding: None) -> None:
+    d = 200
+    made = torch.zeros(d, d)
+    if rank == "one channel only":
+        made[3, 3] = 2.0
+    elif rank == "one direction":
+        made = torch.outer(torch.arange(d) / d, torch.arange(d) / d)
+    else:
+        made = 0.3 * torch.eye(d)
+    for error in (None, 5e-5):
+        found = largest_values([made], error=error)
+        exact = float(torch.linalg.eigvalsh(made.double())[-1])
+        assert float(found.values[0, 0]) == pytest.approx(exact, rel=1e-6)
+        gram = found.block[0].double().mT @ found.block[0].double()
+        torch.testing.assert_close(gram, torch.eye(len(gram), dtype=torch.float64), atol=1e-5, rtol=0)
+
+
 def test_a_value_that_has_not_converged_is_solved_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(subspace, "_DEGREES", ())
+    monkeypatch.setattr(subspace, "_FILTERS", 0)
     flat = matrix("flat")
     assert extremes([flat]).largest == [float(spectrum(flat)[0])]
 
@@ -126,7 +207,11 @@ def statistics(config: ScoreConfig, pool: int) -> LayerStatistics:
 
 
 @pytest.mark.parametrize("rank", ["entropy", "participation"])
-def test_a_wide_layer_is_assessed_as_a_narrow_one(rank: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rounds", [False, True])
+def test_a_wide_layer_is_assessed_as_a_narrow_one(rank: str, rounds: bool, request: pytest.FixtureRequest) -> None:
+    monkeypatch = request.getfixturevalue("monkeypatch")
+    if rounds:
+        request.getfixturevalue("rounding")
     config = ScoreConfig(rank=rank, bootstrap=0, anchors=50, neighbours=8)
     sampling = Sampling(
         pool_document=torch.zeros(500, dtype=torch.int64), anchor_preference=torch.arange(500), counts=None
@@ -147,12 +232,27 @@ def test_a_wide_layer_is_assessed_as_a_narrow_one(rank: str, monkeypatch: pytest
         assert one.rank_with_sinks < one.rank - 0.2 or name == "rms"
 
 
-def test_sums_in_half_precision_wait_in_fp32_and_come_to_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("in_place", [False, True])
+def test_sums_in_half_precision_wait_in_fp32_and_come_to_the_same(
+    in_place: bool, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     from dihal.geometry import moments
 
     monkeypatch.setattr(moments, "native_half", lambda dtype, device: dtype == torch.bfloat16)
     monkeypatch.setattr(moments, "half_product", lambda a, b: a.float() @ b.float())
     monkeypatch.setattr(moments, "_RECENT", 3)
+    added: list[int] = []
+
+    def add(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+        added.append(len(a))
+        total.addmm_(a.float(), b.float())
+
+    if in_place:
+        monkeypatch.setattr(moments, "_add_half_product", add)
+    moments._adds_in_place.cache_clear()
+    request.addfinalizer(moments._adds_in_place.cache_clear)
+    assert moments._adds_in_place(torch.device("cpu")) == in_place
+    asked = len(added)
     x = torch.randn(7 * 300, 40, generator=torch.Generator().manual_seed(0)).bfloat16()
     found, whole = (Moments(torch.zeros(40), torch.bfloat16) for _ in range(2))
     for number, part in enumerate(x.split(300)):
@@ -166,3 +266,14 @@ def test_sums_in_half_precision_wait_in_fp32_and_come_to_the_same(monkeypatch: p
     whole._total = found._total
     torch.testing.assert_close(whole.covariance, found.covariance, rtol=1e-6, atol=1e-6)
     assert whole.sums()[1].dtype == torch.float64
+    assert (len(added) > asked) == in_place
+
+
+def test_a_sum_that_is_not_added_to_is_told(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    from dihal.geometry import moments
+
+    monkeypatch.setattr(moments, "half_product", lambda a, b: a.float() @ b.float())
+    monkeypatch.setattr(moments, "_add_half_product", lambda total, a, b: total.copy_(a.float() @ b.float()))
+    moments._adds_in_place.cache_clear()
+    request.addfinalizer(moments._adds_in_place.cache_clear)
+    assert not moments._adds_in_place(torch.device("cpu"))
