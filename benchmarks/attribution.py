@@ -16,6 +16,7 @@ the same without graphs, what the batch costs in which they are captured, and pa
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import statistics
 import time
@@ -34,7 +35,7 @@ from dihal.circuits.adapters import Adapter, open_model
 from dihal.circuits.attribute import attribute, path_points, score_batch
 from dihal.circuits.metrics import logit_difference
 from dihal.circuits.overlap import edge_values, spearman, top_edges
-from dihal.circuits.passes import Plan, Room
+from dihal.circuits.passes import Passes, Plan, Room
 from dihal.circuits.tasks import build_task
 from dihal.circuits.types import PairBatch
 from dihal.io import write_json
@@ -204,20 +205,40 @@ def timed(found: Findings, cost: Cost, count: int, goal_seconds: float | None) -
     return seconds
 
 
+class Masked(Room):
+    """Nothing is captured, but attention is given its mask, as captured passes have it, instead of being told that it is causal."""
+
+    def passes(self, plan: Plan, batch: PairBatch) -> tuple[Passes, Any]:
+        device = batch.clean.device
+        take = lambda *shape, dtype: torch.empty(shape, dtype=dtype, device=device)  # noqa: E731
+        return Passes(plan, batch, take, static=True), lambda _, function: function()
+
+
 def agreement(found: Findings, cost: Cost) -> None:
-    """Largest difference of scores with and without graphs, relative to the largest score."""
-    name = "scores with and without graphs, relative"
-    if cost.adapter.device.type != "cuda":
-        found.add(name, "no graphs on a CPU")
-        return
-    tables = []
-    for graphs in (True, False):
-        room = Room(cost.adapter, graphs=graphs)
+    """Largest differences of scores, relative to the largest score: with and without graphs, and what is in the mask alone.
+
+    A mask that is given has the library choose other kernels for attention than one that is implied, which round in another order:
+    what that changes without any graph is the scale for what graphs change.
+    """
+
+    def scored(room: Room, times: int = 1) -> np.ndarray:
+        options: dict[str, Any] = {"steps": STEPS, "batch_size": PROMPTS, "room": room}
+        return [attribute(cost.adapter, [cost.batch], **options) for _ in range(times)][-1].scores
+
+    def difference(one: np.ndarray, other: np.ndarray) -> float:
+        return float(abs(one - other).max() / abs(other).max())
+
+    plain, masked = scored(Room(cost.adapter, graphs=False)), scored(Masked(cost.adapter, graphs=False))
+    names = [f"scores with and without graphs, {about}relative" for about in ("", "both with a mask, ")]
+    if cost.adapter.device.type == "cuda":
         # The third time, so that all of it is replayed.
-        for _ in range(3):
-            scores = attribute(cost.adapter, [cost.batch], steps=STEPS, batch_size=PROMPTS, room=room)
-        tables.append(scores.scores)
-    found.add(name, float(abs(tables[0] - tables[1]).max() / abs(tables[1]).max()))
+        replayed = scored(Room(cost.adapter), 3)
+        values: list[Any] = [difference(replayed, plain), difference(replayed, masked)]
+    else:
+        values = ["no graphs on a CPU"] * 2
+    found.add(names[0], values[0])
+    found.add("scores without graphs, mask given or implied, relative", difference(masked, plain))
+    found.add(names[1], values[1])
 
 
 def counted(found: Findings, cost: Cost) -> None:
@@ -228,27 +249,44 @@ def counted(found: Findings, cost: Cost) -> None:
     found.add("backward passes", scores.passes["backward"], bar=STEPS, cost=False)
 
 
+def released(device: torch.device) -> int:
+    """Give back what earlier work left allocated, and return its bytes: workspaces that cuBLAS keeps for every stream."""
+    gc.collect()
+    before = torch.cuda.memory_allocated(device)
+    torch._C._cuda_clearCublasWorkspaces()  # the way that torch's notes on CUDA give
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    return before - torch.cuda.memory_allocated(device)
+
+
 def memory(found: Findings, cost: Cost, weights: int) -> dict[str, int] | None:
-    """Rows of memory; nothing on a CPU, whose allocations are not counted."""
+    """Rows of memory; nothing on a CPU, whose allocations are not counted.
+
+    Each of the three begins without the workspaces of those before it, or of the rounds of time: they would be counted on both
+    sides of the bar, and hide what attribution takes.
+    """
     adapter, name = cost.adapter, "peak memory, x weights + one point + writers"
-    if adapter.device.type != "cuda":
+    device = adapter.device
+    if device.type != "cuda":
         found.add(name, "not measured on a CPU", bar=1.2)
         return None
-    torch.cuda.reset_peak_memory_stats(adapter.device)
+    sizes = {"weights": weights, "left_by_rounds": released(device), "before": torch.cuda.memory_allocated(device)}
     cost.point()
-    one = torch.cuda.max_memory_allocated(adapter.device) - weights
+    sizes["forward_backward"] = one = torch.cuda.max_memory_allocated(device) - weights
+    sizes["workspaces_forward_backward"] = released(device)
     # Three times, so that graphs are captured and replayed: their pool counts.
     scores = attribute(adapter, [cost.batch] * 3, steps=STEPS, batch_size=PROMPTS)
+    sizes["reserved"] = torch.cuda.memory_reserved(device)
+    sizes["workspaces"] = released(device)
     eager = attribute(adapter, [cost.batch], steps=STEPS, batch_size=PROMPTS, graphs=False)
     assert scores.peak_bytes is not None
     assert eager.peak_bytes is not None
     item = torch.finfo(adapter.dtype).bits // 8
     # What every writer writes, in the model's type.
-    store = PROMPTS * TOKENS * scores.spec.n_writers * adapter.width * item
+    sizes["writer_store"] = store = PROMPTS * TOKENS * scores.spec.n_writers * adapter.width * item
     found.add(name, scores.peak_bytes / (weights + one + store), bar=1.2)
     found.add("peak memory, x the same without weights", (scores.peak_bytes - weights) / (one + store))
     found.add("peak memory without graphs, x weights + one point + writers", eager.peak_bytes / (weights + one + store))
-    sizes = {"weights": weights, "forward_backward": one, "writer_store": store}
     return {**sizes, "peak": scores.peak_bytes, "peak_eager": eager.peak_bytes}
 
 

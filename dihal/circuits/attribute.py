@@ -123,7 +123,7 @@ def attribute(
     if room.adapter is not adapter:
         raise UsageError("this room is another model's. Make one for this adapter: Room(adapter).")
     room.open()
-    peak = _Peak(adapter.device)
+    room.memory.begin()
     started = time.perf_counter()
     with adapter.session(), adapter.readers(kv):
         plan = Plan(
@@ -136,20 +136,20 @@ def attribute(
             noise_seed=noise_seed,
             chunk_bytes=chunk_bytes,
         )
-        tally.residuals |= _check(plan, pairs[0])
+        tally.residuals |= room.aside(lambda: _check(plan, pairs[0]))
         batches = [whole.rows(at, at + batch_size) for whole in pairs for at in range(0, len(whole), batch_size)]
         room.reserve(plan, batches)
         for one in batches:
-            batch, held = one.to(adapter.device), room.held_bytes
+            batch = one.to(adapter.device)
             found = score_batch(plan, room, batch)
             _require("reader_sums", found.sums, adapter)
             tally.add(found, batch.ids)
-            peak.add(held)
+            room.memory.note()
             if progress is not None:
                 progress(len(batch))
     scores = tally.scores()
     scores.seconds = time.perf_counter() - started
-    scores.peak_bytes = peak.bytes
+    scores.peak_bytes = room.memory.peak
     scores.method, scores.path = method, path
     scores.steps, scores.rule = (steps, rule) if method == "eap-ig" else (len(points), "")
     scores.details = {
@@ -158,22 +158,6 @@ def attribute(
         "noise_seed": noise_seed,
     }
     return scores if scores.spec.seam == seam else scores.contract(seam)
-
-
-class _Peak:
-    """Peak device memory; None where it is not counted."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.bytes: int | None = None
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-
-    def add(self, held: int) -> None:
-        """Count what has been allocated since the last call, and what graphs keep for themselves besides."""
-        if self.device.type == "cuda":
-            self.bytes = max(self.bytes or 0, torch.cuda.max_memory_allocated(self.device) + held)
-            torch.cuda.reset_peak_memory_stats(self.device)
 
 
 def _require(name: str, residual: float, adapter: Adapter) -> None:
@@ -200,10 +184,12 @@ def score_batch(plan: Plan, room: Room, batch: PairBatch) -> BatchScores:
     A point that is an end of the path shares that end's forward.
     """
     adapter, spec, keys = plan.adapter, plan.spec, {"sample_ids": batch.ids, "noise_seed": plan.noise_seed}
-    ends = {
-        0.0: adapter.states(batch.corrupted, spec.seam, attention=batch.attention, role="corrupted", **keys),
-        1.0: adapter.states(batch.clean, spec.seam, attention=batch.attention, role="clean", **keys),
-    }
+    ends = room.aside(
+        lambda: {
+            0.0: adapter.states(batch.corrupted, spec.seam, attention=batch.attention, role="corrupted", **keys),
+            1.0: adapter.states(batch.clean, spec.seam, attention=batch.attention, role="clean", **keys),
+        }
+    )
     weights = dict(plan.points)
     passes, call = room.passes(plan, batch)
     passes.enter(batch, ends)

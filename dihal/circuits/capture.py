@@ -88,6 +88,15 @@ class _Through(torch.autograd.Function):
         return pulled.to(x.dtype), None, None, None, None
 
 
+_TOGETHER = 8
+"""Sites whose scales are found at once."""
+
+
+def _scales(norm: Norm, states: list[Tensor]) -> Tensor:
+    # Everything that the backward needs is held now: a copy of the whole stream beside it would be the peak.
+    return torch.cat([norm.scales(states[at : at + _TOGETHER]) for at in range(0, len(states), _TOGETHER)])
+
+
 class Capture(Hooks):
     """Context manager: hooks on every block from the seam on, removed whatever happens.
 
@@ -123,7 +132,7 @@ class Capture(Hooks):
                 for norm, scales, read in zip(
                     self.norms, self._scales, (self.record.attention_inputs, self.record.inputs), strict=True
                 ):
-                    scales.append(norm.scales(list(read.values())))
+                    scales.append(_scales(norm, list(read.values())))
         return self.record.gradients(objective)
 
     def _attach(self) -> None:

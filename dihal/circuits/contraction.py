@@ -314,16 +314,18 @@ def contract(delta: Delta, gathered: Gathered, chunk_bytes: int, dtype: torch.dt
     Args:
         delta: what is written.
         gathered: what is read.
-        chunk_bytes: size up to which writers are held at once (one block's at least).
+        chunk_bytes: size up to which writers are held at once, in ``dtype`` (one block's at least).
         dtype: of products and scores; None: the working type.
     """
     readers, spec = gathered.readers, gathered.readers.spec
     dtype = delta.state.dtype if dtype is None else dtype
     scores = delta.state.new_zeros(len(delta.state), spec.n_writers, spec.n_readers, dtype=dtype)
     totals = scores.new_empty(len(scores), spec.n_readers)
-    wide = gathered.wide.transpose(0, 1).flatten(2).to(dtype)
-    _place(totals, (delta.inputs.transpose(0, 1).flatten(2) * wide).sum(-1), spec)
-    for first, last in _chunks(spec, delta, chunk_bytes):
+    # Filled in place: transposed and then converted, it would be there twice.
+    gradients = gathered.wide.transpose(0, 1)
+    wide = scores.new_empty(gradients.shape).copy_(gradients).flatten(2)
+    _place(totals, torch.stack([(x.flatten(1) * g).sum(-1) for x, g in zip(delta.inputs, wide.unbind(1))], -1), spec)
+    for first, last in _chunks(spec, delta, chunk_bytes, dtype):
         writers = delta.writers(readers.adapter, spec, first, last, dtype).flatten(2)
         start = 0 if first == spec.seam else spec.writer_at(first)
         rows = scores[:, start : start + writers.shape[1]]
@@ -341,6 +343,9 @@ def contract(delta: Delta, gathered: Gathered, chunk_bytes: int, dtype: torch.dt
                 # The first chunk comes by every layer: the same reader gradient serves the check.
                 change = delta.attention_inputs[layer - spec.seam].flatten(1)[..., None].to(dtype)
                 totals[:, place] = torch.bmm(read, change)[..., 0]
+            del read
+        # The next chunk is not to be made beside this one.
+        del writers
     return Contracted(scores.mul_(readers.mask), totals)
 
 
@@ -351,8 +356,8 @@ def _place(table: Tensor, values: Tensor, spec: GraphSpec) -> None:
     table[..., -1] = values[..., -1]
 
 
-def _chunks(spec: GraphSpec, delta: Delta, chunk_bytes: int) -> Iterator[tuple[int, int]]:
-    per_layer = spec.writers_per_layer * delta.state.nbytes
+def _chunks(spec: GraphSpec, delta: Delta, chunk_bytes: int, dtype: torch.dtype) -> Iterator[tuple[int, int]]:
+    per_layer = spec.writers_per_layer * delta.state.numel() * dtype.itemsize
     count = max(1, chunk_bytes // per_layer)
     for first in range(spec.seam, spec.layers, count):
         yield first, min(first + count, spec.layers)

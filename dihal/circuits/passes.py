@@ -8,14 +8,18 @@ nothing is captured (on a CPU, with hooks of others on the model, where masks or
 way of the library's own) they always run as they are.
 
 Memory: tensors that live from pass to pass are views of one arena that all shapes share, and what passes need
-in between is one pool that all graphs share, for they run one after another.
+in between is one pool that all graphs share, for they run one after another. The pool is kept from then on, so that it is
+to be as small as the largest of them: the contraction, whose tensors are the largest, is captured before the
+passes, which then find room in its pieces; captured after them it would need its own. Nothing runs beside the pool that
+could run in it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+import contextlib
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -38,10 +42,16 @@ from dihal.circuits.metrics import solved
 from dihal.circuits.types import Metric, PairBatch
 from dihal.writing.graphs import Function, Graphs, Recorder, recorder
 
-__all__ = ["Passes", "Plan", "Room"]
+__all__ = ["Memory", "Passes", "Plan", "Room"]
+
+Found = TypeVar("Found")
 
 _ALIGNED = 512
 """Bytes; kernels read several numbers at once."""
+
+
+_CONTRACT = ("contract",)
+"""Name of the contraction among the functions of a batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +155,7 @@ class Passes:
 
     def contract(self, call: Call) -> tuple[Float[Tensor, "batch writers readers"], Float[Tensor, "batch readers"]]:
         """Scores, and what all writers of a reader score together, found on another way."""
-        found = call(("contract",), self._contract)
+        found = call(_CONTRACT, self._contract)
         return found[0], found[1]
 
     def _contract(self) -> tuple[Tensor, Tensor]:
@@ -156,15 +166,69 @@ class Passes:
             return contract(self.delta, self.gathered, chunk, dtype)
 
 
+class Memory:
+    """Peak device memory: what is allocated, and besides what the graphs' pool holds without its being allocated.
+
+    That is what a device must have. Counted are the weights, all tensors, workspaces of libraries, and the pool in whole
+    pieces, as the allocator took them; of the pool, what a graph's outputs occupy is allocated and is not counted again. Pieces
+    that the allocator keeps for tensors outside of graphs are not counted: it gives them back when memory is short.
+
+    Args:
+        device: nothing is counted on a CPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.idle = 0
+        """Bytes of the pool that are not allocated."""
+        self.peak: int | None = None
+        """Bytes, since `begin`."""
+
+    def begin(self) -> None:
+        """Count anew."""
+        if self._device.type == "cuda":
+            self.peak = 0
+            torch.cuda.reset_peak_memory_stats(self._device)
+
+    def note(self) -> None:
+        """Count what has been allocated since the last call."""
+        if self.peak is not None:
+            self.peak = max(self.peak, torch.cuda.max_memory_allocated(self._device) + self.idle)
+            torch.cuda.reset_peak_memory_stats(self._device)
+
+    @contextlib.contextmanager
+    def capturing(self) -> Iterator[None]:
+        """Scope of a capture, in which all that is new is the pool's."""
+        if self._device.type != "cuda":
+            yield
+            return
+        self.note()
+        torch.cuda.empty_cache()  # a capture does so: what it gives back is not what the graph takes
+        allocated, reserved = self._sizes()
+        try:
+            yield
+        finally:
+            now, grown = self._sizes()
+            self.idle += (grown - reserved) - (now - allocated)
+            # What was allocated meanwhile lies in the pool, which is counted as it is now.
+            torch.cuda.reset_peak_memory_stats(self._device)
+            self.note()
+
+    def _sizes(self) -> tuple[int, int]:
+        return torch.cuda.memory_allocated(self._device), torch.cuda.memory_reserved(self._device)
+
+
 class _Idle:
-    """A recorder whose captures may run a function without any trace in its sums.
+    """A recorder whose captures leave no trace in sums, and take no memory but the pool.
 
     Args:
         recorder: captures.
+        memory: told what a capture takes.
     """
 
-    def __init__(self, recorder: Recorder) -> None:
+    def __init__(self, recorder: Recorder, memory: Memory) -> None:
         self._recorder = recorder
+        self._memory = memory
         self.live: Tensor | None = None
 
     def warm(self, function: Function, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -174,11 +238,20 @@ class _Idle:
     def capture(self, function: Function, given: tuple[Tensor, ...]) -> Function:
         """Capture it; what it may have run meanwhile counts for nothing."""
         assert self.live is not None
-        self.live.zero_()
+        live = self.live
+
+        def captured(*values: Tensor) -> tuple[Tensor, ...]:
+            # It has run in the batch before, in the same way: once more only to warm up would need its memory beside the pool.
+            if live.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+                return ()
+            return function(*values)
+
+        live.zero_()
         try:
-            return self._recorder.capture(function, given)
+            with self._memory.capturing():
+                return self._recorder.capture(captured, given)
         finally:
-            self.live.fill_(1.0)
+            live.fill_(1.0)
 
 
 def _plain(_: Hashable, function: Function) -> tuple[Tensor, ...]:
@@ -197,11 +270,10 @@ class Room:
 
     def __init__(self, adapter: Adapter, *, graphs: bool = True) -> None:
         self.adapter = adapter
+        self.memory = Memory(adapter.device)
         found = recorder(adapter.device) if graphs else None
-        self._recorder = None if found is None else _Idle(found)
+        self._recorder = None if found is None else _Idle(found, self.memory)
         self.graphs = None if self._recorder is None else Graphs(self._recorder)
-        self.held_bytes = 0
-        """Device memory of the graphs' pool."""
         self._arena: _Arena | None = None
         self._passes: dict[Hashable, Passes] = {}
         self._readers: dict[GraphSpec, Readers] = {}
@@ -217,6 +289,19 @@ class Room:
         """Look whether the model's runs can be captured; before hooks of this package are on it."""
         self._static = self.graphs is not None and not _hooked(self.adapter) and not _dynamic(self.adapter)
 
+    def aside(self, function: Callable[[], Found]) -> Found:
+        """Call a function where the passes run: cuBLAS keeps memory of its own for every stream that it has worked on."""
+        if self._recorder is None or not self._static:
+            return function()
+        found: list[Found] = []
+
+        def keep() -> tuple[Tensor, ...]:
+            found.append(function())
+            return ()
+
+        self._recorder.warm(keep, ())
+        return found[0]
+
     def reserve(self, plan: Plan, batches: Sequence[PairBatch]) -> None:
         """Make room for the largest of these batches."""
         if not self._static or plan.contraction == "generic":
@@ -229,7 +314,7 @@ class Room:
         if self._arena is None or self._arena.flat.numel() < need:
             # Graphs know addresses: those of the old arena go with it.
             assert self._recorder is not None
-            self._passes, self.graphs, self._arena, self.held_bytes = {}, Graphs(self._recorder), None, 0
+            self._passes, self.graphs, self._arena, self.memory.idle = {}, Graphs(self._recorder), None, 0
             self._arena = _Arena(need, self.adapter.device)
 
     def passes(self, plan: Plan, batch: PairBatch) -> tuple[Passes, Call]:
@@ -243,8 +328,13 @@ class Room:
             self._arena.used = 0
             self._passes[key] = Passes(plan, batch, self._arena, static=True)
         assert self._recorder is not None
-        self._recorder.live = self._passes[key].live
-        return self._passes[key], self._caller(key, first)
+        assert self.graphs is not None
+        passes, call = self._passes[key], self._caller(key, first)
+        self._recorder.live = passes.live
+        if not (first or self.graphs.failed or (key, _CONTRACT) in self.graphs.captured):
+            # Before the passes, and so on whatever numbers are there: its large tensors make the pieces they fit in.
+            passes.contract(call)
+        return passes, call
 
     def _caller(self, key: Hashable, first: bool) -> Call:
         known: set[Hashable] = set()
@@ -256,27 +346,13 @@ class Room:
                 # All is captured in the second batch: a run beside a graph of another would need its memory besides.
                 return self._recorder.warm(function, ())
             known.add(name)
-            place = (key, name)
-            if first or place in self.graphs.captured or self.graphs.failed:
-                return self.graphs(place, function)
-            before = _reserved(self.adapter.device)
-            found = self.graphs(place, function)
-            self.held_bytes += max(0, _reserved(self.adapter.device, emptied=False) - before)
-            return found
+            return self.graphs((key, name), function)
 
         return call
 
 
 def _fresh(device: torch.device) -> Take:
     return lambda *shape, dtype: torch.empty(shape, dtype=dtype, device=device)
-
-
-def _reserved(device: torch.device, *, emptied: bool = True) -> int:
-    if device.type != "cuda":
-        return 0
-    if emptied:
-        torch.cuda.empty_cache()  # a capture does so: what it gives back is not what the graph takes
-    return torch.cuda.memory_reserved(device)
 
 
 def _hooked(adapter: Adapter) -> bool:

@@ -7,6 +7,7 @@ from call to call is a tensor given to it, a tensor at a fixed address, or part 
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
@@ -42,6 +43,12 @@ class Recorder(Protocol):
         ...
 
 
+@functools.cache
+def _side(device: torch.device) -> torch.cuda.Stream:
+    """The stream of all captures: cuBLAS keeps workspaces of every stream it has worked on, 64 MiB with those of backward on an H200."""
+    return torch.cuda.Stream(device)
+
+
 class CudaRecorder:
     """Captures CUDA graphs. They share memory: they run one after another, and outputs are copied out of it.
 
@@ -51,7 +58,7 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._side = torch.cuda.Stream(device)
+        self._side = _side(device)
         self._pool = torch.cuda.graph_pool_handle()
 
     def warm(self, function: Function, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from dihal.circuits import passes
 from dihal.circuits.adapters import open_model
 from dihal.circuits.attribute import attribute
+from dihal.circuits.contraction import Delta
 from dihal.circuits.metrics import logit_difference, probability_difference
-from dihal.circuits.passes import Room
+from dihal.circuits.passes import Memory, Room
 from dihal.circuits.seam import perturbed
 from dihal.circuits.toy import induction_model, induction_pair
 from dihal.circuits.types import EdgeScores, PairBatch
@@ -59,7 +61,7 @@ def same(first: EdgeScores, other: EdgeScores) -> None:
 @pytest.mark.parametrize("attention", ["causal", "full"])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "qwen2", "phi3"])
 def test_replays_score_the_same(family: str, attention: str, tracer: Tracer) -> None:
-    """Two batches after the first are replayed: two ends, the points between them, the contraction."""
+    """Two batches after the first are replayed: two ends, the points between them, the contraction, which is captured first."""
     # Five tokens: no more than the sliding windows of these tiny models.
     model, pairs = float64_model(family, layers=2), batches(attention, times=(5, 5, 5))
     plain = attribute(model, pairs, steps=POINTS, graphs=False)
@@ -67,7 +69,7 @@ def test_replays_score_the_same(family: str, attention: str, tracer: Tracer) -> 
         warnings.simplefilter("error")
         captured = attribute(model, pairs, steps=POINTS)
     same(plain, captured)
-    assert tracer.replays == 2 * (2 + POINTS + 1)
+    assert tracer.replays == 2 * (2 + POINTS + 1) + 1
 
 
 @pytest.mark.parametrize(
@@ -97,7 +99,7 @@ def test_a_state_that_is_drawn_replays_with_every_seed(tracer: Tracer) -> None:
             attribute(adapter, batches(), graphs=False, **options), attribute(adapter, batches(), room=room, **options)
         )
     # The second seed begins with the graphs of the first.
-    assert tracer.replays == (2 + 3) * (2 + 2 + 1)
+    assert tracer.replays == (2 + 3) * (2 + 2 + 1) + 1
 
 
 def test_models_without_norms_replay(tracer: Tracer) -> None:
@@ -113,7 +115,7 @@ def test_shapes_share_one_arena(tracer: Tracer) -> None:
     for times in ((6, 8, 6, 8, 6, 8), (9, 6, 9, 6, 9, 6)):
         pairs = batches(times=times)
         same(attribute(model, pairs, steps=2, graphs=False), attribute(model, pairs, steps=2, room=room))
-    assert tracer.replays == 2 * 2 * 2 * (2 + 2 + 1)
+    assert tracer.replays == 2 * 2 * (2 * (2 + 2 + 1) + 1)
     with pytest.raises(UsageError, match="another model"):
         attribute(open_model(tiny_model()), batches(), room=room)
 
@@ -164,3 +166,61 @@ def test_exact_products_of_a_rough_model(family: str, monkeypatch: pytest.Monkey
     assert exact.scores.dtype == usual.scores.dtype == np.float32
     assert 0 < abs(exact.scores - usual.scores).max() < 1e-5 * abs(usual.scores).max()
     assert exact.residuals["reader_sums"] < 1e-4
+
+
+def test_the_contraction_is_captured_before_the_passes(tracer: Tracer) -> None:
+    model = open_model(float64_model(layers=2))
+    room = Room(model)
+    attribute(model, batches(), steps=2, room=room)
+    assert room.graphs is not None
+    assert [name[0] for _, name in room.graphs.captured] == ["contract", "pass", "pass", "pass"]
+
+
+def test_one_chunk_of_writers_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, pairs = float64_model(layers=3), batches(times=(5,))
+    whole = attribute(model, pairs, steps=2)
+    made: list[StorageWeakRef] = []
+    write = Delta.writers
+
+    def writers(*arguments: Any) -> torch.Tensor:
+        assert all(one.expired() for one in made)
+        found = write(*arguments)
+        made.append(StorageWeakRef(found.untyped_storage()))
+        return found
+
+    monkeypatch.setattr(Delta, "writers", writers)
+    same(whole, attribute(model, pairs, steps=2, chunk_bytes=1))
+    assert len(made) == 3
+
+
+def test_memory_of_a_pool_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device's own counters, as a capture moves them: a pool of 300, of which 10 stay allocated, and 100 of weights."""
+    sizes = {"memory_allocated": 100, "memory_reserved": 120, "max_memory_allocated": 0}
+    for name in sizes:
+        monkeypatch.setattr(torch.cuda, name, lambda _, name=name: sizes[name])
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(
+        torch.cuda, "reset_peak_memory_stats", lambda _: sizes.update(max_memory_allocated=sizes["memory_allocated"])
+    )
+    memory = Memory(torch.device("cuda"))
+    memory.begin()
+    sizes["max_memory_allocated"] = 250
+    memory.note()
+    assert memory.peak == 250
+    with memory.capturing():
+        sizes.update(memory_allocated=110, memory_reserved=420, max_memory_allocated=390)
+    assert memory.idle == 290
+    assert memory.peak == 110 + 290
+    with memory.capturing():
+        sizes.update(memory_allocated=115, max_memory_allocated=200)
+    assert memory.idle == 285, "what lies in the pool that is there already is not new"
+    assert memory.peak == 400
+    sizes["max_memory_allocated"] = 130
+    memory.note()
+    assert memory.peak == 130 + 285
+    on_cpu = Memory(torch.device("cpu"))
+    on_cpu.begin()
+    with on_cpu.capturing():
+        pass
+    on_cpu.note()
+    assert on_cpu.peak is None
