@@ -84,8 +84,8 @@ class WritingConfig:
     """Project only where t is at most this."""
     temperature: float = 0.0
     """Temperature of tokens read at the end, and at t = 0 of those projected on; 0: the most likely."""
-    temperature_start: float = 0.0
-    """Temperature of tokens projected on at t = 1; linear in t in between."""
+    temperature_start: float | None = None
+    """Temperature of tokens projected on at t = 1, linear in t in between; None: `temperature` at all times, so that with common noise the tokens settle."""
     common_noise: bool = True
     """Draw the tokens of all steps with the same random numbers per position, so that they settle; off: fresh ones."""
     commit: Literal["none", "confidence"] = "none"

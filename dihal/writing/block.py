@@ -14,7 +14,9 @@ fixed point is the very text that the frozen model would write token by token wi
 at most as many steps as there are positions, since position i settles once all before it have. The denoiser's part is
 to start the iteration close to where it ends and, with `fused`, to pull it towards what it has planned: there the
 fixed point of the reading is the ancestral sample of the product of the two distributions, for an own head that has
-settled. With fresh noise at each step nothing settles, and the last tokens are drawn anew from the last reading.
+settled. With fresh noise at each step nothing settles, and the last tokens are drawn anew from the last reading. Nor do
+they where the temperature changes from step to step (`temperature_start`): each change flips a few tokens, and what
+comes after a flipped one begins anew.
 """
 
 from __future__ import annotations
@@ -156,7 +158,7 @@ class Block:
         """h^split of the tokens read last; None before the first projection."""
         self.clean: Tensor | None = None
         """Their clean states in the space."""
-        drawn = max(writing.temperature, writing.temperature_start) > 0
+        drawn = max(self.temperature(0.0), self.temperature(1.0)) > 0
         vocab, common = backbone.vocab_size, writing.common_noise
         noise = TokenNoise(writing.seed, keys, vocab, common=common, most_bytes=noise_bytes) if drawn else None
         self.meter = context.costs.meter
@@ -179,7 +181,8 @@ class Block:
 
     def temperature(self, t: float) -> float:
         """Of tokens read at time t: linear between the ends."""
-        return self.writing.temperature + (self.writing.temperature_start - self.writing.temperature) * t
+        end, start = self.writing.temperature, self.writing.temperature_start
+        return end if start is None else end + (start - end) * t
 
     # -- what the solver calls
 

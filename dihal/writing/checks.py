@@ -64,8 +64,9 @@ def check_writing(config: WritingConfig, *, condition_dropout: float, own: bool 
     for name in ("suffix_weight", "project", "project_below"):
         _share(f"writing.{name}", getattr(config, name))
     for name in ("temperature", "temperature_start"):
-        if not getattr(config, name) >= 0:
-            raise UsageError(f"writing.{name} is {getattr(config, name)}; it must not be negative. 0 is greedy.")
+        value = getattr(config, name)
+        if value is not None and not value >= 0:
+            raise UsageError(f"writing.{name} is {value}; it must not be negative. 0 is greedy.")
     usual = WritingConfig()
     for name in ("order", "top_p"):
         if getattr(config, name) != getattr(usual, name):

@@ -451,7 +451,6 @@ def test_projection_with_the_suffix_readout_ends_at_the_frozen_models_own_text(
         project=1.0,
         block=block,
         temperature=temperature,
-        temperature_start=temperature,
         seed=5,
     )
     written = writer.write(backbone, ids, known, writing=writing, sample_ids=sample_ids, end=False)

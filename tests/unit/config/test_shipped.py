@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -73,3 +74,14 @@ def test_runs_name_the_split_once_and_a_budget(name):
     assert named == (0 if several else 1)
     assert config.budget.name != BudgetConfig().name
     assert config.out.startswith("runs/")
+
+
+def test_spaces_are_read_alike_once_a_row_says_how():
+    """A row of `dihal frontier` names readout, projection and temperature; nothing else may differ between its spaces."""
+    ways = {}
+    for name in FILES:
+        method = parse(MethodConfig, ["--config", str(ROOT / name)], prog="x") if "method/" in name else None
+        if method is not None and method.regime == "generate":
+            ways[name] = replace(method.writing, readout="fused", project=0.5, temperature=1.0)
+    assert len(ways) >= 4
+    assert len(set(ways.values())) == 1, ways
