@@ -141,8 +141,9 @@ def frontier(words: Sequence[str], root: Path) -> str:
         "tokens": "training tokens",
     }
     measured = [name for name in headings if name.startswith(("nll_", "agreement_"))]
-    names = ["name", "steps", *measured, "nfe", "flops", "tokens", "seeds"]
     cells = [_frontier_row(line, board) for line in _best_lines(board)]
+    bound = ["bound"] if any(found["bound"] for found in cells) else []
+    names = ["name", "steps", *measured, *bound, "nfe", "flops", "tokens", "seeds"]
     return _table([headings[name] for name in names], [[found[name] or "-" for name in names] for found in cells])
 
 

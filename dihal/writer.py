@@ -119,7 +119,7 @@ class Writer(ReadBySuffix):
         embedded = backbone.embed(input_ids, position_ids=position_ids)
         return self.condition_space.normalise(embedded, torch.ones_like(position_ids))
 
-    def _estimate(
+    def estimate(
         self,
         noised: Tensor,
         t: Time,
@@ -228,7 +228,7 @@ class Writer(ReadBySuffix):
             trained = torch.is_grad_enabled()
             meter.denoiser(self.denoiser, **size, times=ids.numel(), backward=trained, null=True)
             meter.space(space, "interpret", **size, backward=trained and objective.own > 0)
-            return self._estimate(*given_inputs, previous)
+            return self.estimate(*given_inputs, previous)
 
         common = {"kernel": self.kernel, "meter": meter}
         if isinstance(space, EmbeddingSpace) and space.config.bound:
@@ -297,7 +297,7 @@ class Writer(ReadBySuffix):
         if config.denoiser.self_conditioning == 0:
             return None
         *_, known, position_ids, _ = inputs
-        _, estimate = self._estimate(*inputs, None)
+        _, estimate = self.estimate(*inputs, None)
         size = {"batch": ids.shape[0], "new": ids.shape[1]}
         meter.denoiser(self.denoiser, **size, times=ids.numel(), part="self_conditioning")
         previous = space.feedback(backbone, estimate)

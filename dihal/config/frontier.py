@@ -52,6 +52,8 @@ class FrontierConfig:
     """Leading principal directions of the real text's features in which the Frechet distance is taken."""
     mauve: bool = True
     """Compute MAUVE where the library mauve-text is installed."""
+    bound_cuts: int = 12
+    """Noise levels at which the likelihood bound of a `generate` checkpoint in a space of vectors is taken (two estimates each); the best counts. 0: no bound."""
     seeds: tuple[int, ...] = (0,)
     """Sampling seeds; each point writes `samples` continuations with each."""
     batch_size: int = 32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import signal
@@ -16,7 +17,8 @@ from dihal.checkpoint import load_checkpoint
 from dihal.config import EvalConfig
 from dihal.config.frontier import FrontierConfig
 from dihal.errors import UsageError
-from dihal.evaluation.frontier.result import read_row
+from dihal.evaluation.frontier.report import report
+from dihal.evaluation.frontier.result import FrontierRow, read_row, write_row
 from dihal.evaluation.frontier.run import measure_frontier
 from dihal.evaluation.masked import main as masked_bound
 from dihal.evaluation.result import read_result
@@ -232,8 +234,6 @@ READOUTS = {
 
 
 def written_by_every_readout(run: Path) -> None:
-    import dataclasses
-
     writer, backbone = load_method(run)
     assert isinstance(writer, Writer)
     ids = torch.tensor([[0, 5, 9, 30, 41, 7, 7, 7, 7, 7], [0, 44, 8, 12, 6, 9, 9, 9, 9, 9]])
@@ -261,15 +261,15 @@ def written_by_every_readout(run: Path) -> None:
 
 
 def evaluated_on_the_frontier(run: Path, folder: Path, ways: dict[str, str] = READOUTS) -> None:
-    files = measure_frontier(
-        FrontierConfig(
-            checkpoints=(str(run),), samples=3, prompt_tokens=6, new_tokens=8, temperatures=(1.0,), steps=(2,),
-            variants=tuple(f"{label}: {options}" for label, options in ways.items()), ngrams=(1, 3), mauve=False,
-            self_bleu_samples=2, frechet_channels=2, batch_size=3, bootstrap=20, out=str(folder / "frontier"),
-        )
+    config = FrontierConfig(
+        checkpoints=(str(run),), samples=3, prompt_tokens=6, new_tokens=8, temperatures=(1.0,), steps=(2,),
+        variants=tuple(f"{label}: {options}" for label, options in ways.items()), ngrams=(1, 3), mauve=False,
+        self_bleu_samples=2, frechet_channels=2, batch_size=3, bootstrap=20, bound_cuts=4, out=str(folder / "frontier"),
     )  # fmt: skip
+    files = measure_frontier(config)
     rows = [read_row(path) for path in files]
     trained = [row for row in rows if row.kind == "checkpoint"]
+    bounded(config, files, trained)
     assert len(trained) == len(ways)
     assert len(rows) == len(ways) + 4, "backbone, real text and two n-gram samplers"
     for row in rows:
@@ -281,6 +281,25 @@ def evaluated_on_the_frontier(run: Path, folder: Path, ways: dict[str, str] = RE
         assert point.nfe == (2 * 8 // row.writing["block"] if "block" in row.writing else 2)
         assert point.flops_per_token is not None
         assert point.flops_per_token > 0
+
+
+def bounded(config: FrontierConfig, files: list[Path], trained: list[FrontierRow]) -> None:
+    """The likelihood bound is of real text, so the same however a row writes; a file without one gets it."""
+    found = [row.details.get("bound") for row in trained]
+    if trained[0].space == "simplex" or trained[0].regime == "mask":
+        assert found == [None] * len(trained), "no state, or none that is a vector"
+        return
+    assert 0 < found[0]["value"] < 100
+    assert all(bound == found[0] for bound in found)
+    report(files, config.out)
+    table = (Path(config.out) / "frontier.md").read_text()
+    assert table.count(f"| {found[0]['value']:.2f} [") >= len(trained)
+    (path,) = [path for path in files if read_row(path).name == trained[0].name]
+    write_row(path, dataclasses.replace(trained[0], details={}))
+    measure_frontier(config)
+    again = read_row(path)
+    assert again.details["bound"] == found[0]
+    assert again.points == trained[0].points
 
 
 def refused_where_a_causal_model_is_needed(run: Path, folder: Path, regime: str = "generate") -> None:
@@ -298,8 +317,6 @@ ORDERS = {"confidence": "order=confidence", "entropy": "order=entropy top_p=0.9"
 
 
 def written_in_every_order(run: Path) -> None:
-    import dataclasses
-
     method, backbone = load_method(run)
     assert isinstance(method, MaskedLM)
     ids = torch.tensor([[0, 5, 9, 30, 41, 7, 7, 7, 7, 7], [0, 44, 8, 12, 6, 9, 9, 9, 9, 9]])

@@ -15,6 +15,7 @@ from dihal.errors import UsageError
 from dihal.evaluation.checkpoints import load_trained, open_checkpoints
 from dihal.evaluation.frontier.assemble import Yardstick, per_sample, resample_weights, set_metrics, with_intervals
 from dihal.evaluation.frontier.board import require_comparable
+from dihal.evaluation.frontier.bound import has_bound, likelihood_bound
 from dihal.evaluation.frontier.definitions import FRONTIER_VERSION, METRICS, SCORE_TYPE, SET_METRICS
 from dihal.evaluation.frontier.plan import NO_STEPS, PlannedRow, plan_rows, row_hash, targets
 from dihal.evaluation.frontier.prompts import Chosen, choose_prompts
@@ -45,6 +46,8 @@ def _check(config: FrontierConfig) -> None:
             raise UsageError(f"{name} must name at least one value, each at least {least}; got {values}.")
     if len(set(config.seeds)) < len(config.seeds):
         raise UsageError(f"seeds names a value twice: {config.seeds}.")
+    if config.bound_cuts < 0:
+        raise UsageError(f"bound_cuts must not be negative, got {config.bound_cuts}; 0 leaves the bound out.")
     if config.self_bleu_samples < 2:
         raise UsageError(f"self_bleu_samples must be at least 2, got {config.self_bleu_samples}.")
 
@@ -59,6 +62,27 @@ class _Measurement:
         self.grader = grader
         self.yardstick: Yardstick | None = None
         self.costs: dict[tuple[str, int], WritingCost] = {}
+        self.bounds: dict[tuple[str, str], dict[str, Any]] = {}
+
+    def bound(self, row: PlannedRow, blank: FrontierRow) -> dict[str, Any]:
+        """The likelihood bound of a row's checkpoint: one for all variants that read in the same precision."""
+        assert row.trained is not None
+        method, config = row.trained.method, self.config
+        precision = _precision(row)
+        key = (row.trained.name, precision)
+        if key not in self.bounds:
+            self.bounds[key] = likelihood_bound(
+                method,
+                self.backbone,
+                self.chosen,
+                cuts=config.bound_cuts,
+                precision=precision,
+                batch_size=config.batch_size,
+                seed=config.seed,
+                weights=resample_weights(blank),
+                confidence=config.confidence,
+            )
+        return self.bounds[key]
 
     def point(self, row: PlannedRow, steps: int, temperature: float) -> Point:
         """Write and grade the continuations of one point with every seed. Its metrics are filled in by the caller."""
@@ -181,7 +205,17 @@ def _measure(config: FrontierConfig, folder: Path, console: Console) -> list[Pat
     require_comparable([(paths[name], blank) for name, blank in blanks.items()])
 
     measurement = _Measurement(config, backbone, chosen, grader)
-    kept = {name: _existing(paths[name], blank) for name, blank in blanks.items()}
+    found = {name: _existing(paths[name], blank) for name, blank in blanks.items()}
+    kept = {name: [] if row is None else row.points for name, row in found.items()}
+    # Bounds that are there already stay; those that are not are work to do, also for a row with all its points.
+    unbound = {
+        row.name for row in rows if config.bound_cuts > 0 and row.trained is not None and has_bound(row.trained.method)
+    }
+    for name, row in found.items():
+        bound = {} if row is None else row.details.get("bound", {})
+        if bound and (name not in unbound or bound["cuts"] == config.bound_cuts):
+            blanks[name] = replace(blanks[name], details={**blanks[name].details, "bound": bound})
+            unbound.discard(name)
     todo = {
         row.name: [key for key in row.grid if key not in {(p.steps, p.temperature) for p in kept[row.name]}]
         for row in rows
@@ -191,7 +225,7 @@ def _measure(config: FrontierConfig, folder: Path, console: Console) -> list[Pat
             f"[dim]already measured, kept: {sum(map(len, kept.values()))} points of {sum(map(bool, kept.values()))} rows[/dim]",
             highlight=False,
         )
-    if not any(todo.values()):
+    if not any(todo.values()) and not unbound:
         return list(paths.values())
     text = training.train_tokens
     measurement.yardstick = Yardstick(
@@ -212,6 +246,11 @@ def _measure(config: FrontierConfig, folder: Path, console: Console) -> list[Pat
         for row in rows:
             blank, points = blanks[row.name], kept[row.name]
             weights = resample_weights(blank)
+            if row.name in unbound:
+                bar.update(task, description=f"{row.name}, likelihood bound")
+                blank = replace(blank, details={**blank.details, "bound": measurement.bound(row, blank)})
+                if points:
+                    write_row(paths[row.name], replace(blank, points=points))
             for steps, temperature in todo[row.name]:
                 bar.update(task, description=_label(row, steps, temperature))
                 point = with_intervals(blank, measurement.point(row, steps, temperature), weights)
@@ -233,14 +272,20 @@ def _label(row: PlannedRow, steps: int, temperature: float) -> str:
     return f"{row.name}, T {temperature:g}" + (f", {steps} steps" if steps != NO_STEPS else "")
 
 
-def _existing(path: Path, blank: FrontierRow) -> list[Point]:
+def _precision(row: PlannedRow) -> str:
+    assert row.trained is not None
+    assert row.variant is not None
+    return str(row.variant.options.get("precision", row.trained.config.method.writing.precision))
+
+
+def _existing(path: Path, blank: FrontierRow) -> FrontierRow | None:
     if not path.exists():
-        return []
+        return None
     try:
         found = read_row(path)
     except UsageError:
-        return []  # not a whole row: measured again and replaced
-    return found.points if found.row_hash == blank.row_hash else []
+        return None  # not a whole row: measured again and replaced
+    return found if found.row_hash == blank.row_hash else None
 
 
 def _blank(
