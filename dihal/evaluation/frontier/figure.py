@@ -21,12 +21,14 @@ _LINES = ("-", "--", ":", "-.")
 
 
 def _trained(row: FrontierRow) -> tuple[str, str]:
-    """What tells a checkpoint from the others, and a way of writing."""
-    return json.dumps(row.checkpoint, sort_keys=True), json.dumps(row.writing, sort_keys=True)
+    """What tells a run from the others, and a way of writing. The same run made again keeps its colour."""
+    checkpoint = row.checkpoint or {}
+    run = checkpoint.get("path") or json.dumps(checkpoint, sort_keys=True)
+    return f"{run} {checkpoint.get('weights')}", json.dumps(row.writing, sort_keys=True)
 
 
 def _styles(board: Board) -> dict[tuple[str, int], dict[str, Any]]:
-    """Colour per checkpoint, shape per way of writing (and per control), line per number of steps."""
+    """Colour per run, shape per way of writing (and per control), line per number of steps."""
     trained = [_trained(row) for _, row in board.rows() if row.kind == "checkpoint"]
     checkpoints, ways = (list(dict.fromkeys(part)) for part in zip(*trained, strict=True)) if trained else ([], [])
     controls = [label for label, row in board.rows() if row.kind == "control"]

@@ -51,7 +51,11 @@ def frontier(config: FrontierConfig, *, console: Console | None = None) -> Table
     """
     from dihal.evaluation.frontier.run import measure_frontier
 
-    measured = measure_frontier(config, console=console) if config.measure else [Path(config.out)]
+    if config.measure:
+        measured = measure_frontier(config, console=console)
+    else:
+        # A folder that is still to be made has no rows; those of `results` alone go into it.
+        measured = [Path(config.out)] if Path(config.out).exists() or not config.results else []
     board = report(
         [*measured, *config.results],
         config.out,

@@ -360,6 +360,13 @@ def test_rows_of_other_folders_join_the_table_or_are_refused(rows, config, root,
     write_row(other / "bridge.json", rows["bridge"])
     frontier(dataclasses.replace(own, results=(str(other),)))
     assert "**bridge**" in (tmp_path / "own" / "frontier.md").read_text()
+    # Rows of other folders alone make a table in a folder that is still to be made.
+    frontier(
+        dataclasses.replace(
+            own, results=(str(other),), measure=False, entropies=(2.0,), area=(1.0, 2.0), out=str(tmp_path / "new")
+        )
+    )
+    assert "**bridge**" in (tmp_path / "new" / "frontier.md").read_text()
     write_row(other / "bridge.json", changed(rows["bridge"], "scorer", "another"))
     with pytest.raises(UsageError, match="scorer is"):
         frontier(dataclasses.replace(own, results=(str(other),)))
