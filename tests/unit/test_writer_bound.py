@@ -55,6 +55,7 @@ def toy_bound(process: Process, token: int, *, wrong: float = 0.0, cuts: int = 9
         {"schedule": "tan", "shift": 5.0},
         {"schedule": "linear"},
         {"schedule": "log_linear", "log_snr_max": 5.0},
+        {"schedule": "gumbel"},
     ],
     ids=lambda options: options["schedule"],
 )
