@@ -14,11 +14,12 @@ import torch
 from dihal.backbone import Backbone, load_backbone
 from dihal.checkpoint import load_checkpoint
 from dihal.config import DenoiserConfig, MethodConfig, ObjectiveConfig
-from dihal.config.spaces import WritingConfig
+from dihal.config.spaces import LatentConfig, WritingConfig
 from dihal.evaluation.result import read_result
 from dihal.hybrid import load_hybrid
 from dihal.methods import Method, build_method
 from dihal.training.logs import read_records
+from dihal.writing.bound import nll_bound
 from dihal.writing.static import room_of
 from tests.integration.conftest import BATCH, STEP, Dihal
 from tests.kit import tiny_model
@@ -190,6 +191,27 @@ def test_writing_by_graphs_writes_the_same(space: str, way: str) -> None:
     # Other kernels sum in another order; in bf16 more tokens are a tie.
     plain, graphs = torch.stack(found[False]), torch.stack(found[True])
     assert (plain == graphs).float().mean() > (0.8 if way == "bf16" else 0.98)
+
+
+@pytest.mark.parametrize("space", ["hidden", "latent", "embedding"])
+def test_the_likelihood_bound_is_that_of_a_cpu(space: str) -> None:
+    """Same noise, same levels: only the order of sums differs; the denoiser in bf16 stays near."""
+    backbone = load_backbone(tiny_model(), device="cuda")
+    config = MethodConfig(
+        regime="generate", space=space, split=0 if space == "embedding" else 2,
+        denoiser=DenoiserConfig(width=32, depth=2, heads=4, mask="mixed", norm="rms", self_conditioning=0.5),
+        objective=ObjectiveConfig(state=float(space != "embedding"), own=1.0, own_time="uniform", read=0.2),
+        latent=LatentConfig(dim=16, hidden=32),
+    )  # fmt: skip
+    writer = moved_writer(config, backbone)
+    ids, known = make_batch(3, 24).input_ids, (torch.arange(24) < 8).expand(3, -1)
+    how = {"cuts": 5, "seed": 1, "sample_ids": torch.arange(3)}
+    found = nll_bound(writer, backbone, ids, known, **how)
+    low = nll_bound(writer, backbone, ids, known, precision="bfloat16", **how)
+    plain = nll_bound(writer.cpu(), load_backbone(tiny_model(), device="cpu"), ids, known, **how)
+    for name in plain.reading:
+        torch.testing.assert_close(found.total(name).cpu(), plain.total(name), rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(low.total(name).cpu(), plain.total(name), rtol=0.1, atol=1.0)
 
 
 @pytest.mark.parametrize("way", ["projected", "guided", "bf16"])
