@@ -73,6 +73,12 @@ class Curve:
         """Training seed; null for a row that was not trained."""
         return None if self.row.train_config is None else self.row.train_config["seed"]
 
+    @property
+    def bound(self) -> Interval:
+        """Likelihood bound of the checkpoint (`definitions.BOUND`); null where it was not measured."""
+        found = self.row.details.get("bound") or {}
+        return Interval(value=found.get("value"), low=found.get("low"), high=found.get("high"))
+
 
 def _shared(parts: Sequence[Sequence[str]]) -> int:
     """How many words at their beginning are the same in all."""
@@ -91,6 +97,7 @@ class SeedGroup:
     """At least two, by seed."""
     matched: list[Matched]
     area: Interval
+    bound: Interval
 
     @property
     def seeds(self) -> list[int | None]:
@@ -352,7 +359,12 @@ def _seed_group(members: list[Curve]) -> SeedGroup:
         )
         for found in zip(*(curve.matched for curve in members), strict=True)
     ]
-    return SeedGroup(curves=members, matched=matched, area=_spread([curve.area for curve in members]))
+    return SeedGroup(
+        curves=members,
+        matched=matched,
+        area=_spread([curve.area for curve in members]),
+        bound=_spread([curve.bound for curve in members]),
+    )
 
 
 def _spread(found: Sequence[Interval]) -> Interval:

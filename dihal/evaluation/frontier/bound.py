@@ -9,24 +9,14 @@ import torch
 from jaxtyping import Float
 
 from dihal.backbone import Backbone
-from dihal.evaluation.bootstrap import Interval, estimate
-from dihal.evaluation.definitions import Metric
+from dihal.evaluation.bootstrap import estimate
+from dihal.evaluation.frontier.definitions import BOUND
 from dihal.evaluation.frontier.prompts import Chosen
 from dihal.spaces.hidden_state import VectorSpace
 from dihal.writer import Writer
 from dihal.writing.bound import nll_bound
 
-__all__ = ["BOUND", "bound_interval", "has_bound", "likelihood_bound"]
-
-BOUND = (
-    "Upper bound of the negative log-likelihood of the real continuations given their prompts, nats per token: reading "
-    "at one noise level, path up to it, prior (dihal/writing/bound.py). Level and reading are those that were best on the "
-    "other half of the documents. The backbone's own, exact number is the NLL of the real text; no NLL of written text."
-)
-
-_METRIC = Metric(
-    label="bound", unit="nats", lower_is_better=True, definition=BOUND, numerator="nats", denominator="tokens"
-)
+__all__ = ["has_bound", "likelihood_bound"]
 
 
 def has_bound(method: Any) -> bool:
@@ -96,7 +86,7 @@ def likelihood_bound(
         rows = range(count)
         place = [picks[half if len(picks) > 1 else 0] for half in fold]
         nats = np.array([totals[name][row, cut] for row, (name, cut) in zip(rows, place, strict=True)])
-        found = estimate(_METRIC, {"nats": nats, "tokens": tokens}, weights, confidence)
+        found = estimate(BOUND, {"nats": nats, "tokens": tokens}, weights, confidence)
         shares = {
             "reading": sum(terms[name][row, cut] for row, (name, cut) in zip(rows, place, strict=True)),
             "path": sum(path[row, cut] for row, (_, cut) in zip(rows, place, strict=True)),
@@ -123,11 +113,5 @@ def likelihood_bound(
         "precision": precision,
         "seed": seed,
         "tokens": int(whole),
-        "definition": BOUND,
+        "definition": BOUND.definition,
     }
-
-
-def bound_interval(details: dict[str, Any]) -> Interval:
-    """The bound as a row's details tell it; null where it was not measured."""
-    found = details.get("bound") or {}
-    return Interval(value=found.get("value"), low=found.get("low"), high=found.get("high"))

@@ -4,13 +4,28 @@ from __future__ import annotations
 
 from dihal.evaluation.definitions import Metric
 
-__all__ = ["FRONTIER_VERSION", "METRICS", "SAMPLE_SUMS", "SCORE_TYPE", "SET_METRICS"]
+__all__ = ["BOUND", "FRONTIER_VERSION", "METRICS", "SAMPLE_SUMS", "SCORE_TYPE", "SET_METRICS"]
 
 FRONTIER_VERSION = "1"
 """Raised whenever a definition below or the choice of prompts changes: unlike versions never share a table."""
 
 SCORE_TYPE = "generated"
 """Likelihoods are those of the row's own text under the scorer, not of true text under the row."""
+
+BOUND = Metric(
+    label="bound of real text's NLL",
+    unit="nats",
+    definition=(
+        "Upper bound of the negative log-likelihood of the real continuations given their prompts, nats per token: "
+        "reading at one noise level, path up to it, prior (dihal/writing/bound.py). Level and reading are those that "
+        "were best on the other half of the documents. The backbone's own, exact number is the NLL of the real text; "
+        "no NLL of written text."
+    ),
+    lower_is_better=True,
+    numerator="nats",
+    denominator="tokens",
+)
+"""Of a row's checkpoint, however it writes: in the row's `details`, and in no `metrics` of its points."""
 
 SAMPLE_SUMS = (
     "nll",

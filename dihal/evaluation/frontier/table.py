@@ -11,8 +11,7 @@ from rich.table import Table
 
 from dihal.evaluation.bootstrap import Interval
 from dihal.evaluation.frontier.board import Board, Curve, SeedGroup
-from dihal.evaluation.frontier.bound import BOUND, bound_interval
-from dihal.evaluation.frontier.definitions import METRICS, SET_METRICS
+from dihal.evaluation.frontier.definitions import BOUND, METRICS, SET_METRICS
 from dihal.evaluation.frontier.result import Point
 
 __all__ = [
@@ -76,7 +75,7 @@ def curve_columns(board: Board) -> dict[str, str]:
         }
     columns |= {
         "area": "area [nats]",
-        "bound": "bound of real text's NLL",
+        "bound": BOUND.label,
         "nfe": "NFE",
         "encodes": "encodes",
         "reads": "reads",
@@ -97,7 +96,7 @@ def curve_cells(curve: Curve, axis: str) -> dict[str, str]:
         "steps": "" if curve.steps == 0 else str(curve.steps),
         # One point has no curve; its area would only say where the point lies.
         "area": "" if text else with_interval(curve.area),
-        "bound": with_interval(_bound_of(curve)),
+        "bound": with_interval(curve.bound),
         "nfe": "" if not point.nfe else str(point.nfe),
         "encodes": "" if point.encodes is None else str(point.encodes),
         "reads": "" if point.reads is None else str(point.reads),
@@ -127,7 +126,7 @@ def group_cells(group: SeedGroup, axis: str) -> dict[str, str]:
         "name": f"{group.label}, {len(group.seeds)} seeds: mean (lowest to highest)",
         "seeds": f"{len(group.seeds)} ({', '.join(map(str, group.seeds))})",
         "area": with_spread(group.area),
-        "bound": with_spread(_bound_of(group)),
+        "bound": with_spread(group.bound),
         # How fast a seed was written says nothing about another.
         "speed": "",
     }
@@ -136,17 +135,6 @@ def group_cells(group: SeedGroup, axis: str) -> dict[str, str]:
         found[f"behind_{index}"] = with_spread(matched.behind)
         found[f"agreement_{index}"] = with_spread(matched.agreement)
     return found
-
-
-def _bound_of(line: Curve | SeedGroup) -> Interval:
-    """The likelihood bound with its interval; of several seeds their mean, lowest and highest, null if one lacks it."""
-    if isinstance(line, Curve):
-        return bound_interval(line.row.details)
-    values = [bound_interval(curve.row.details).value for curve in line.curves]
-    known = [value for value in values if value is not None]
-    if len(known) < len(values):
-        return Interval(value=None, low=None, high=None)
-    return Interval(value=sum(known) / len(known), low=min(known), high=max(known))
 
 
 def line_cells(board: Board) -> list[tuple[str, dict[str, str]]]:
@@ -230,8 +218,8 @@ def describe(board: Board) -> list[str]:
         "NFE, encodes, reads: passes of denoiser, replaced blocks and frozen stack per text, however many positions "
         "each had. FLOPs of one text alone, prompt included: metered for writers, counted by torch for the others.",
     ]
-    if any(_bound_of(curve).value is not None for curve in board.curves):
-        lines.append(f"Bound of real text's NLL: {BOUND[0].lower()}{BOUND[1:]}")
+    if any(curve.bound.value is not None for curve in board.curves):
+        lines.append(f"{BOUND.label[0].upper()}{BOUND.label[1:]}: {BOUND.definition}")
     if shared.samples < _FEW_SAMPLES:
         lines.append(f"Only {shared.samples} samples: too few for a headline.")
     if len(first.document_keys) < _FEW_DOCUMENTS:
@@ -359,6 +347,6 @@ def curves_csv(board: Board) -> str:
         else:
             facts = [line.label, line.row.kind, line.seed, line.steps, "documents"]
         for matched in line.matched:
-            found = [*(getattr(matched, name) for name in groups), line.area, _bound_of(line)]
+            found = [*(getattr(matched, name) for name in groups), line.area, line.bound]
             rows.append([*facts, matched.entropy, *(v for item in found for v in (item.value, item.low, item.high))])
     return _csv(head, rows)
