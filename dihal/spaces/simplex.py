@@ -49,32 +49,49 @@ NOISE_RUN = 16
 """Positions whose noise is drawn at once, from one seed."""
 
 
+def _inverse(shares: Float[Tensor, "positions vocab"], u: Float[Tensor, " positions"]) -> Int[Tensor, " positions"]:
+    """Tokens at which the running sum of shares passes u of the whole."""
+    cumulative = shares.cumsum(-1)
+    found = torch.searchsorted(cumulative, (u.double() * cumulative[:, -1])[:, None], right=True)
+    return found.squeeze(-1).clamp_max(shares.shape[-1] - 1)  # shares that are not numbers: told later, by the caller
+
+
 def draw_nucleus(
     logits: Float[Tensor, "positions vocab"],
-    uniforms: Float[Tensor, " positions"],
+    uniforms: Float[Tensor, "positions 2"],
     *,
     temperature: float,
     top_p: float,
 ) -> Int[Tensor, " positions"]:
     """Draw one token per position from the most likely ones that together have at least probability ``top_p``.
 
-    In fp64, by the inverse of the distribution function over tokens in order of probability.
+    A token is among them if those that are likelier have less than ``top_p``. In fp64, by the inverse of the
+    distribution function. Drawn from all tokens first, which needs no order; only positions where that gave one outside
+    the nucleus (1 - top_p of them, about) sort theirs and draw again, from the nucleus. Either way its tokens come in
+    proportion to their probabilities.
 
     Args:
         logits: of any float type.
-        uniforms: fp64 in (0, 1).
+        uniforms: fp64 in (0, 1), for the first and the second draw.
         temperature: divides the logits; 0: the most likely token.
         top_p: nucleus; 1: all tokens, 0: the most likely.
     """
     if temperature == 0.0 or top_p == 0.0:
         return logits.argmax(-1)
-    p, order = (logits.double() / temperature).softmax(-1).sort(-1, descending=True)
-    before = p.cumsum(-1) - p
-    p = torch.where(before < top_p, p, 0.0)
-    cumulative = p.cumsum(-1)
-    drawn = torch.searchsorted(cumulative, (uniforms.double() * cumulative[:, -1])[:, None], right=True)
-    last = (p > 0).sum(-1, keepdim=True) - 1
-    return order.gather(-1, torch.minimum(drawn, last)).squeeze(-1)
+    p = (logits.double() / temperature).softmax(-1)
+    first, second = uniforms.unbind(-1)
+    drawn = _inverse(p, first)
+    if top_p == 1.0:
+        return drawn
+    likelier = p.masked_fill(p <= p.gather(-1, drawn[:, None]), 0.0).sum(-1)
+    (again,) = torch.where(likelier >= top_p)
+    if len(again):
+        p = p[again]
+        falling = p.sort(-1, descending=True).values
+        kept = (falling.cumsum(-1) - falling < top_p).sum(-1, keepdim=True)
+        nucleus = p.masked_fill(p < falling.gather(-1, kept - 1), 0.0)
+        drawn[again] = _inverse(nucleus, second[again])
+    return drawn
 
 
 def _runs(values: Shaped[Tensor, "batch time"]) -> Shaped[Tensor, "runs positions"]:
@@ -232,9 +249,9 @@ class SimplexSpace(Space):
 
     @torch.no_grad()
     def _draw(self, backbone: Backbone, estimate: Estimate, key: NoiseKey, temperature: float) -> TokenIds:
-        u = uniform(key.seed, key.ids, f"{key.purpose} token", dtype=torch.float64)
+        u = uniform(key.seed, key.ids, f"{key.purpose} token", (2,), dtype=torch.float64)
         size = max(1, self.chunk // 4)  # fp64, and several of it
-        parts = zip(estimate.features.flatten(0, 1).split(size), u.flatten().split(size))
+        parts = zip(estimate.features.flatten(0, 1).split(size), u.flatten(0, 1).split(size))
         drawn = [
             draw_nucleus(self.logits(backbone, part), some, temperature=temperature, top_p=self.config.top_p)
             for part, some in parts

@@ -93,7 +93,8 @@ def test_noise_depends_neither_on_the_batch_nor_on_what_follows_nor_on_the_chunk
 
 def test_the_nucleus() -> None:
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()[torch.tensor([2, 0, 3, 1])]
-    u = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
+    grid = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
+    u = torch.stack([grid, (grid * 10_000 * 0.6180339887498949) % 1], -1)  # even in each column, and together
     many = logits.expand(10_000, 4)
 
     def shares(**options: float) -> list[float]:
@@ -103,6 +104,9 @@ def test_the_nucleus() -> None:
     assert shares(temperature=1.0, top_p=1.0) == pytest.approx([0.15, 0.5, 0.05, 0.3], abs=1e-3)
     assert shares(temperature=1.0, top_p=0.8) == pytest.approx([0.0, 0.625, 0.0, 0.375], abs=1e-3)
     assert shares(temperature=1.0, top_p=0.81) == pytest.approx([3 / 19, 10 / 19, 0, 6 / 19], abs=1e-3)
+    assert shares(temperature=1.0, top_p=0.3) == [0, 1, 0, 0]
+    # Equally likely tokens are in it together or not at all.
+    assert draw_nucleus(torch.zeros(500, 4), u[::20], temperature=1.0, top_p=0.3).bincount().tolist() == [125] * 4
     assert shares(temperature=0.0, top_p=1.0) == [0, 1, 0, 0]
     assert shares(temperature=1.0, top_p=0.0) == [0, 1, 0, 0]
     squared = torch.tensor([0.15, 0.5, 0.05, 0.3]) ** 2
