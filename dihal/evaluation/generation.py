@@ -38,7 +38,7 @@ _SCORED_AT_ONCE = 8
 """Samples per forward pass of the scorer (memory, not results)."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Prompts:
     """Beginnings of held-out documents and how they really go on."""
 

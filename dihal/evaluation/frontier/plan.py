@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dihal.config.frontier import FrontierConfig
 from dihal.errors import UsageError
 from dihal.evaluation.checkpoints import Trained
-from dihal.evaluation.frontier.sources import BackboneSource, BridgeSource, NgramSource, Source, WriterSource
+from dihal.evaluation.frontier.sources import BackboneSource, BridgeSource, Made, NgramSource, Source, WriterSource
 from dihal.evaluation.frontier.variants import Variant, parse_variants, variants_for
 from dihal.evaluation.ngram import NgramModel
 from dihal.io import hash_json
@@ -119,6 +120,7 @@ def plan_rows(
                 )
             )
             continue
+        read: dict[Hashable, Made] = {}
         rows += [
             PlannedRow(
                 name=f"{item.name} {variant.label}".strip(),
@@ -126,7 +128,7 @@ def plan_rows(
                 kind="checkpoint",
                 grid=variant.grid(config.steps, config.temperatures),
                 source=WriterSource(
-                    backbone=backbone, writer=item.method, variant=variant, batch_size=config.batch_size
+                    backbone=backbone, writer=item.method, variant=variant, batch_size=config.batch_size, read=read
                 ),
                 trained=item,
                 variant=variant,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Hashable
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -11,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dihal.backbone import Backbone
+from dihal.config.spaces import WritingConfig
 from dihal.evaluation.checkpoints import Trained
 from dihal.evaluation.frontier.variants import Variant
 from dihal.evaluation.generation import Prompts, generate_row
@@ -112,21 +114,40 @@ class BridgeSource:
         return Made(tokens=tokens, seconds=seconds, nfe=passes, encodes=0, reads=new_tokens)
 
 
+def _reading(prompts: Prompts, writing: WritingConfig, new_tokens: int, readout: str) -> Hashable:
+    """Names the texts that a readout gives of one walk over states; None where the walk depends on what is read."""
+    joint = writing.block is None or writing.block >= new_tokens
+    if not joint or writing.project > 0 or writing.commit != "none":
+        return None
+    weight = writing.suffix_weight if readout == "fused" else None
+    return readout, weight, prompts, new_tokens, replace(writing, readout="own", suffix_weight=0.0)
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class WriterSource:
-    """A checkpoint of the regime `generate` or `mask`: all new tokens of a block at once."""
+    """A checkpoint of the regime `generate` or `mask`: all new tokens of a block at once.
+
+    Where nothing is read before the last step, readouts differ in the reading of the same states, and comparing them
+    gives the texts of own head and frozen stack besides those asked for. They are kept until a source that shares
+    ``read`` asks for them, bit for bit what it would write; their seconds are those of the walk they come from. So of
+    such rows list `fused` first.
+    """
 
     backbone: Backbone
     writer: Any
     """A `dihal.writer.Writer` or `dihal.masked.MaskedLM`: its ``write`` and ``config.writing`` are used."""
     variant: Variant
     batch_size: int
+    read: dict[Hashable, Made] = field(default_factory=dict)
+    """Texts that were read beside those asked for; one dict for all sources of a writer."""
 
     def write(
         self, prompts: Prompts, *, new_tokens: int, steps: int, temperature: float, seed: int, compare: bool = True
     ) -> Made:
         """See :class:`Source`; ``steps`` per block. The length is fixed: the writer is not asked where to end."""
         writing = self.variant.writing(self.writer.config.writing, steps=steps, temperature=temperature, seed=seed)
+        if compare and (there := self.read.pop(_reading(prompts, writing, new_tokens, writing.readout), None)):
+            return there
         count, given = prompts.prompts.shape
         device = self.backbone.device
         ids = torch.zeros(count, given + new_tokens, dtype=torch.int64)
@@ -149,7 +170,7 @@ class WriterSource:
         tokens = torch.cat([part.tokens[:, given:].cpu() for part in parts])
         seconds = time.perf_counter() - began
         agreements = [part.agreement for part in parts if part.agreement is not None]
-        return Made(
+        made = Made(
             tokens=tokens,
             seconds=seconds,
             agreement=torch.cat([part.cpu().float() for part in agreements]) if agreements else None,
@@ -158,6 +179,12 @@ class WriterSource:
             reads=parts[0].reads,
             flops=sum(sum(part.flops.values()) for part in parts),
         )
+        for readout in {"own", "suffix"} - {writing.readout} if agreements else ():
+            name = _reading(prompts, writing, new_tokens, readout)
+            if name is not None:
+                alone = [part.own_tokens if readout == "own" else part.suffix_tokens for part in parts]
+                self.read[name] = replace(made, tokens=torch.cat([tokens[:, given:].cpu() for tokens in alone]))
+        return made
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -506,7 +506,14 @@ class RecordingWriter:
         share = torch.full((len(input_ids),), 0.25) if options["compare"] else None
         flops = {"bridge": 100.0 * len(input_ids), "suffix": 60.0 * len(input_ids)}
         return types.SimpleNamespace(
-            tokens=tokens, agreement=share, nfe=3, encodes=1, reads=1 + options["compare"], flops=flops
+            tokens=tokens,
+            own_tokens=tokens,
+            suffix_tokens=tokens,
+            agreement=share,
+            nfe=3,
+            encodes=1,
+            reads=1 + options["compare"],
+            flops=flops,
         )
 
 
@@ -541,19 +548,16 @@ def test_configuration_survives_its_file(config):
     assert "own: readout=own" in dump(parsed)
 
 
-@pytest.mark.parametrize(
-    "options", ["readout=own", "readout=fused project=0.5 temperature_start=0.7", "steps=2 block=4"]
-)
-def test_a_real_writer_continues_prompts_without_the_end_token(backbone, options):
+def real_writer(backbone, **space):
     from dihal.config import DenoiserConfig, MethodConfig, ObjectiveConfig
     from dihal.data.batch import Batch
     from dihal.writer import Writer
 
     config = MethodConfig(
         regime="generate",
-        split=2,
         denoiser=DenoiserConfig(width=32, depth=1, heads=2, mask="mixed"),
-        objective=ObjectiveConfig(own=0.2, read=0.2),
+        objective=ObjectiveConfig(own=0.2, own_time="uniform"),
+        **space,
     )
     writer = Writer(config, dim=backbone.hidden_size, vocab=backbone.vocab_size)
     ids = torch.randint(4, 90, (4, 20), generator=torch.Generator().manual_seed(0))
@@ -562,7 +566,14 @@ def test_a_real_writer_continues_prompts_without_the_end_token(backbone, options
         backbone,
         [Batch(input_ids=ids, attention_mask=real, document_ids=ids * 0, loss_mask=real, sample_ids=torch.arange(4), full=True)],
     )  # fmt: skip
-    prompts = Prompts(prompts=ids[:, :8], real=ids[:, 8:])
+    return writer, Prompts(prompts=ids[:, :8], real=ids[:, 8:])
+
+
+@pytest.mark.parametrize(
+    "options", ["readout=own", "readout=fused project=0.5 temperature_start=0.7", "steps=2 block=4"]
+)
+def test_a_real_writer_continues_prompts_without_the_end_token(backbone, options):
+    writer, prompts = real_writer(backbone, split=2)
     made = [
         WriterSource(backbone=backbone, writer=writer, variant=parse_variant(options), batch_size=size).write(
             prompts, new_tokens=12, steps=4, temperature=1.0, seed=0
@@ -573,3 +584,37 @@ def test_a_real_writer_continues_prompts_without_the_end_token(backbone, options
     assert torch.equal(made[0].tokens, made[1].tokens)
     assert made[0].agreement.shape == (4,)
     assert not (made[0].tokens == backbone.end_token_id).any()
+
+
+@pytest.mark.parametrize("space", ["hidden", "simplex"])
+def test_what_other_readouts_make_of_the_same_states_is_not_written_again(backbone, space, monkeypatch):
+    split = 2 if space == "hidden" else 0
+    writer, prompts = real_writer(backbone, split=split, space=space)
+    calls, write = [], writer.write
+    monkeypatch.setattr(writer, "write", lambda *args, **options: calls.append(1) or write(*args, **options))
+    how = {"new_tokens": 12, "steps": 3, "seed": 0}
+
+    def made(options, temperature=1.0, *, read):
+        variant = parse_variant(options)
+        source = WriterSource(backbone=backbone, writer=writer, variant=variant, batch_size=3, read=read)
+        before = len(calls)
+        found = source.write(prompts, temperature=temperature, **how)
+        return found, (len(calls) - before) // 2
+
+    read: dict = {}
+    fused, walks = made("readout=fused", read=read)
+    assert walks == 1
+    for readout in ("own", "suffix"):
+        alone, walks = made(f"readout={readout}", read={})
+        assert walks == 1
+        assert not torch.equal(alone.tokens, fused.tokens)
+        kept, walks = made(f"readout={readout}", read=read)
+        assert walks == 0
+        assert torch.equal(kept.tokens, alone.tokens)
+        assert torch.equal(kept.agreement, alone.agreement)
+        assert kept.seconds == fused.seconds
+    assert not read, "kept until asked for"
+    for options in ("readout=fused block=4", "readout=fused project=0.5", "readout=fused steps=2"):
+        made(options, read=read)
+        assert made("readout=own", read=read)[1] == 1, "other states"
+    assert made("readout=own", 0.5, read=read)[1] == 1, "another temperature"
