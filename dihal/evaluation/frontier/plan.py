@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from dihal.backbone import Backbone
     from dihal.data.module import TextDataModule
 
-__all__ = ["NO_STEPS", "REAL_TEXT", "PlannedRow", "plan_rows", "row_hash", "targets"]
+__all__ = ["NO_STEPS", "REAL_TEXT", "PlannedRow", "file_stem", "plan_rows", "row_hash", "targets"]
 
 REAL_TEXT = "real text"
 """Name of the row of the real continuations."""
@@ -162,6 +162,11 @@ def _ngrams(
     ]
 
 
+def file_stem(name: str) -> str:
+    """What the file of a row of this name is called."""
+    return re.sub(r"[^A-Za-z0-9._@=-]+", "-", name).strip("-.")
+
+
 def targets(folder: Path, rows: list[PlannedRow]) -> dict[str, Path]:
     """Return the file of each row.
 
@@ -170,7 +175,7 @@ def targets(folder: Path, rows: list[PlannedRow]) -> dict[str, Path]:
     """
     paths: dict[str, Path] = {}
     for row in rows:
-        path = folder / (re.sub(r"[^A-Za-z0-9._@=-]+", "-", row.name).strip("-.") + ".json")
+        path = folder / f"{file_stem(row.name)}.json"
         if path in paths.values():
             raise UsageError(
                 f"two rows would be written to {str(path)!r}. Give run folders and variants distinct names."

@@ -17,7 +17,7 @@ from dihal.evaluation.frontier.assemble import Yardstick, per_sample, resample_w
 from dihal.evaluation.frontier.board import require_comparable
 from dihal.evaluation.frontier.bound import has_bound, likelihood_bound
 from dihal.evaluation.frontier.definitions import FRONTIER_VERSION, METRICS, SCORE_TYPE, SET_METRICS
-from dihal.evaluation.frontier.plan import NO_STEPS, PlannedRow, plan_rows, row_hash, targets
+from dihal.evaluation.frontier.plan import NO_STEPS, PlannedRow, file_stem, plan_rows, row_hash, targets
 from dihal.evaluation.frontier.prompts import Chosen, choose_prompts
 from dihal.evaluation.frontier.result import SCHEMA, Comparable, FrontierRow, Point, read_row, write_row
 from dihal.evaluation.frontier.scoring import Grader
@@ -83,6 +83,12 @@ class _Measurement:
                 confidence=config.confidence,
             )
         return self.bounds[key]
+
+    def remember(self, row: PlannedRow, bound: dict[str, Any]) -> None:
+        """Take a bound that is there already; an empty one is none."""
+        assert row.trained is not None
+        if bound:
+            self.bounds.setdefault((row.trained.name, _precision(row)), bound)
 
     def point(self, row: PlannedRow, steps: int, temperature: float) -> Point:
         """Write and grade the continuations of one point with every seed. Its metrics are filled in by the caller."""
@@ -216,6 +222,9 @@ def _measure(config: FrontierConfig, folder: Path, console: Console) -> list[Pat
         if bound and (name not in unbound or bound["cuts"] == config.bound_cuts):
             blanks[name] = replace(blanks[name], details={**blanks[name].details, "bound": bound})
             unbound.discard(name)
+    for row in rows:
+        if row.name in unbound:
+            measurement.remember(row, _bound_beside(folder, row, blanks[row.name], config.bound_cuts))
     todo = {
         row.name: [key for key in row.grid if key not in {(p.steps, p.temperature) for p in kept[row.name]}]
         for row in rows
@@ -276,6 +285,26 @@ def _precision(row: PlannedRow) -> str:
     assert row.trained is not None
     assert row.variant is not None
     return str(row.variant.options.get("precision", row.trained.config.method.writing.precision))
+
+
+def _bound_beside(folder: Path, row: PlannedRow, blank: FrontierRow, cuts: int) -> dict[str, Any]:
+    """The bound of the row's checkpoint as another row's file has it, measured alike; empty: none does."""
+    assert row.trained is not None
+    alike = ("checkpoint", "comparable", "bootstrap", "bootstrap_seed", "confidence")
+    for path in sorted(folder.glob("*.json")):
+        if not path.name.startswith(file_stem(row.trained.name)):
+            continue
+        try:
+            found = read_row(path)
+        except UsageError:
+            continue  # not a whole row: whose it is will measure it again
+        bound = found.details.get("bound", {})
+        if all(getattr(found, name) == getattr(blank, name) for name in alike) and (
+            (bound.get("cuts"), bound.get("precision"), bound.get("seed"))
+            == (cuts, _precision(row), blank.bootstrap_seed)
+        ):
+            return bound
+    return {}
 
 
 def _existing(path: Path, blank: FrontierRow) -> FrontierRow | None:
