@@ -9,6 +9,14 @@ another file may make). Jobs start in the order of the file, one per GPU
 (--slots: so many, for small models leave a GPU idle half the time), as soon as what they need is there; `seconds`
 (expected) keeps a job from starting when less time is left. A job with `gpus` has so many GPUs to itself, as timings
 need; it waits until that many are idle, so put it first. `{name}` and whatever `--set` gives are put into the commands.
+An entry with `each` stands for a job per combination of the values listed there, the last name fastest:
+
+    train-{space}-{seed}:
+      each: {seed: [0, 1], space: {hidden: --method.split 3, embedding: --method.space embedding}}
+      run: dihal train {space.options} --seed {seed} --out runs/{name}
+      done: runs/{name}/config.yaml
+
+`after` may hold patterns (train-*) of jobs that stand before.
 Output goes to runs/jobs/NAME.log. A table at the end says what is done, failed, skipped and why; the exit status is
 that of the worst.
 """
@@ -17,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import itertools
 import os
 import shlex
 import subprocess
@@ -55,37 +64,82 @@ class Job:
         return self.done.exists()
 
 
+class _Value(str):
+    """A value of `each`: its name, and in a mapping what stands beside it as `options`."""
+
+    options: str = ""
+
+
+def _values(listed: Any) -> list[_Value]:
+    found = []
+    for item in listed:
+        value = _Value(item)
+        value.options = str(listed[item]) if isinstance(listed, dict) else ""
+        found.append(value)
+    return found
+
+
+def _combinations(path: Path, name: str, entry: dict[str, Any], given: dict[str, str]) -> list[dict[str, str]]:
+    """What each job of an entry has put into its text, beyond what was given."""
+    each = entry.get("each", {})
+    if not isinstance(each, dict) or not all(isinstance(listed, (list, dict)) and listed for listed in each.values()):
+        sys.exit(f"{path}: `each` of job {name!r} maps names to lists, or mappings, of at least one value.")
+    if taken := sorted({"name", *given} & set(each)):
+        sys.exit(f"{path}: `each` of job {name!r} uses {', '.join(taken)}, which means something already.")
+    return [dict(zip(each, values, strict=True)) for values in itertools.product(*(_values(each[key]) for key in each))]
+
+
+def _earlier(path: Path, name: str, patterns: list[str], before: list[str]) -> tuple[str, ...]:
+    found: dict[str, None] = {}
+    for pattern in patterns:
+        matched = fnmatch.filter(before, pattern)
+        if not matched:
+            sys.exit(f"{path}: job {name!r} comes after {pattern!r}, which does not stand before it.")
+        found |= dict.fromkeys(matched)
+    return tuple(found)
+
+
 def read_jobs(path: Path, values: dict[str, str]) -> list[Job]:
     """The jobs of a file, with values put into their text.
 
     Raises:
-        SystemExit: an unknown field, a missing one, an unknown name in `after`, or a value not given.
+        SystemExit: an unknown field, a missing one, an unknown name in `after`, a name used twice, or a value not given.
     """
     jobs: list[Job] = []
-    for name, entry in yaml.safe_load(path.read_text(encoding="utf-8")).items():
-        if not isinstance(name, str):
-            sys.exit(f"{path}: {name!r} is no name for a job; YAML reads null, yes, 1 and the like as values.")
-        unknown = set(entry) - {"run", "done", "after", "needs", "seconds", "gpus"}
+    for title, entry in yaml.safe_load(path.read_text(encoding="utf-8")).items():
+        if not isinstance(title, str):
+            sys.exit(f"{path}: {title!r} is no name for a job; YAML reads null, yes, 1 and the like as values.")
+        unknown = set(entry) - {"run", "done", "each", "after", "needs", "seconds", "gpus"}
         if unknown or not {"run", "done"} <= set(entry):
             sys.exit(
-                f"{path}: job {name!r} has run and done, and may have after, needs, seconds and gpus; found {sorted(entry)}."
+                f"{path}: job {title!r} has run and done, and may have each, after, needs, seconds and gpus; "
+                f"found {sorted(entry)}."
             )
-        lines = [entry["run"]] if isinstance(entry["run"], str) else entry["run"]
-        try:
-            lines, done = (
-                [line.format(name=name, **values) for line in lines],
-                entry["done"].format(name=name, **values),
-            )
-        except KeyError as error:
-            sys.exit(f"{path}: job {name!r} needs --set {error.args[0]}=...")
-        after = tuple(entry.get("after", ()))
-        missing = set(after) - {job.name for job in jobs}
-        if missing:
-            sys.exit(f"{path}: job {name!r} comes after {sorted(missing)}, which do not stand before it.")
-        seconds, gpus = float(entry.get("seconds", 0)), int(entry.get("gpus", 0))
-        needs = tuple(map(Path, entry.get("needs", ())))
-        jobs.append(Job(name, run=lines, done=Path(done), after=after, needs=needs, seconds=seconds, gpus=gpus))
+        for chosen in _combinations(path, title, entry, values):
+            jobs.append(_job(path, title, entry, values | chosen, [job.name for job in jobs]))
+    twice = sorted({job.name for job in jobs if sum(other.name == job.name for other in jobs) > 1})
+    if twice:
+        sys.exit(f"{path}: several jobs are called {', '.join(twice)}.")
     return jobs
+
+
+def _job(path: Path, title: str, entry: dict[str, Any], values: dict[str, str], before: list[str]) -> Job:
+    run = [entry["run"]] if isinstance(entry["run"], str) else entry["run"]
+    try:
+        name = title.format_map(values)
+        values = {"name": name, **values}
+        after = [pattern.format_map(values) for pattern in entry.get("after", ())]
+        return Job(
+            name,
+            run=[line.format_map(values) for line in run],
+            done=Path(entry["done"].format_map(values)),
+            after=_earlier(path, name, after, before),
+            needs=tuple(Path(need.format_map(values)) for need in entry.get("needs", ())),
+            seconds=float(entry.get("seconds", 0)),
+            gpus=int(entry.get("gpus", 0)),
+        )
+    except KeyError as error:
+        sys.exit(f"{path}: job {title!r} needs --set {error.args[0]}=...")
 
 
 def _command(lines: list[str]) -> list[str]:

@@ -96,6 +96,37 @@ def test_several_files_are_one_queue_and_names_may_be_patterns(tmp_path: Path) -
     assert "jobs of one name: a" in queue(tmp_path, {"a": touch("a.out")}, "same.yaml").stderr
 
 
+def test_an_entry_stands_for_every_combination_of_its_values(tmp_path: Path) -> None:
+    each = {"seed": [0, 1], "space": {"a": "one two", "b": ""}}
+    jobs = {
+        "make-{space}-{seed}": {
+            "each": each,
+            "run": "bash -c 'echo {space.options} {seed} > {name}.out'",
+            "done": "{name}.out",
+        },
+        "read-{seed}": {
+            "each": {"seed": [0, 1]},
+            "run": "cp make-a-{seed}.out {name}.out",
+            "done": "{name}.out",
+            "after": ["make-a-{seed}"],
+        },
+        "all": {"run": "bash -c 'cat *.out > all.txt'", "done": "all.txt", "after": ["make-*", "read-*"]},
+    }
+    found = queue(tmp_path, jobs, "--gpus", "2")
+    assert found.returncode == 0, found.stdout + found.stderr
+    lines = ["one two 0", "one two 1", "0", "1", "one two 0", "one two 1"]
+    assert (tmp_path / "all.txt").read_text().split("\n")[:-1] == lines
+    wrong = [
+        ({"a": touch("a", each={"seed": []})}, "at least one value"),
+        ({"a": touch("a", each={"name": [1]})}, "means something already"),
+        ({"a": touch("a", each={"seed": [0, 1]})}, "several jobs are called a"),
+        ({"a-{seed}": touch("a", each={"space": [0]})}, "--set seed="),
+        ({"a": touch("a", after=["b*"])}, "does not stand before it"),
+    ]
+    for entries, message in wrong:
+        assert message in queue(tmp_path, entries).stderr
+
+
 @pytest.mark.parametrize("file", ["comparison.yaml", "circuits.yaml", "pilots.yaml", "eight_billion.yaml"])
 def test_the_shipped_files_read_and_name_configurations_that_exist(file: str) -> None:
     sys.path.insert(0, str(ROOT / "benchmarks"))
