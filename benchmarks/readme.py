@@ -142,8 +142,8 @@ def frontier(words: Sequence[str], root: Path) -> str:
     }
     measured = [name for name in headings if name.startswith(("nll_", "agreement_"))]
     cells = [_frontier_row(line, board) for line in _best_lines(board)]
-    bound = ["bound"] if any(found["bound"] for found in cells) else []
-    names = ["name", "steps", *measured, *bound, "nfe", "flops", "tokens", "seeds"]
+    given = [name for name in ("bound", "states") if any(found[name] for found in cells)]
+    names = ["name", "steps", *measured, *given, "nfe", "flops", "tokens", "seeds"]
     return _table([headings[name] for name in names], [[found[name] or "-" for name in names] for found in cells])
 
 

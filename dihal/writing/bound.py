@@ -15,7 +15,7 @@ before i), or their normalised mix.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from dihal.backbone import Backbone
     from dihal.writer import Writer
 
-__all__ = ["PathBound", "cut_levels", "nll_bound", "path_bound"]
+__all__ = ["PathBound", "StateErrors", "cut_levels", "nll_bound", "path_bound", "state_errors"]
 
 _RANGE = (-12.0, 6.0)
 """log-SNR between which cuts lie. Below, 600 channels of unit variance are worth 0.002 nats; above, every token is read."""
@@ -132,6 +132,79 @@ def path_bound(
     )
 
 
+class _Denoised:
+    """Real text whose states after a known prefix are noised and denoised, as writing does it.
+
+    Known states are at t = 0 and, where the denoiser conditions on an estimate of its own, it is the one of the same
+    noised state (a function of z_t, as the bound requires).
+    """
+
+    def __init__(
+        self,
+        writer: Writer,
+        backbone: Backbone,
+        input_ids: TokenIds,
+        known: Mask,
+        *,
+        seed: int,
+        sample_ids: Int[Tensor, " batch"],
+        precision: str,
+    ) -> None:
+        space = writer.space
+        if not isinstance(space, VectorSpace):
+            raise UsageError(
+                f"the space {writer.config.space!r} has no such bound: its noised state is not noise on a state. "
+                "It is defined for hidden, latent and embedding."
+            )
+        known = known.to(backbone.device)
+        if not torch.equal(settled(known), known) or not bool(known[:, 0].all()) or bool(known.all(-1).any()):
+            raise UsageError("known= must be a prefix of each row, of at least one token and not the whole row.")
+        self.writer, self.backbone, self.space, self.known, self.free = writer, backbone, space, known, ~known
+        self.ids, self.seed, self.keys = input_ids.to(backbone.device), seed, sample_ids.to(backbone.device)
+        batch, time = self.ids.shape
+        self.positions = torch.arange(time, device=self.ids.device).expand(batch, time)
+        self.key = NoiseKey(seed=seed, purpose="bound", ids=position_keys(self.keys, self.positions))
+        self.precision = precision
+        with own_dtype(backbone):
+            self.state = backbone.prefix(self.ids, writer.split, position_ids=self.positions)
+            self.clean = space.encode(backbone, self.ids, position_ids=self.positions, state=self.state)
+            self.condition = writer.condition(backbone, self.ids, self.positions)
+        self.known_input = space.known_input(self.clean)
+
+    def noise(self, purpose: str) -> State:
+        """Standard normal numbers like the clean states."""
+        return gaussian_noise(self.key, self.space.input_dim, purpose=f"bound {purpose}")
+
+    def shift(self, purpose: str) -> Float[Tensor, " batch"]:
+        """Uniform numbers in [0, 1), one per sequence; fp64."""
+        return uniform(self.seed, self.keys, f"bound/shift {purpose}", dtype=torch.float64, device=self.ids.device)
+
+    def estimate(self, noised: State, t: Time) -> Estimate:
+        """What the denoiser makes of noised states at t."""
+        writer, free, known = self.writer, self.free, self.known
+        inputs = (noised, t, self.known_input, self.condition, free, known, self.positions, None)
+        with torch.autocast(noised.device.type, dtype=torch.bfloat16, enabled=self.precision == "bfloat16"):
+            previous = None
+            if writer.denoiser.self_conditioned:
+                previous = self.space.feedback(self.backbone, writer.estimate(*inputs, None)[1])
+                previous = previous.masked_fill(known[..., None], 0.0)
+            return writer.estimate(*inputs, previous)[1]
+
+    def x0(self, found: Estimate) -> State:
+        """The clean state that an estimate stands for."""
+        return self.space.clean_estimate(self.backbone, found)
+
+    def read(self, found: Estimate) -> dict[str, Tensor]:
+        """Nats of the unknown tokens of each sequence, by reading."""
+        backbone, known = self.backbone, self.known
+        with own_dtype(backbone), self.writer.reading():
+            estimated = self.space.hidden(backbone, found, self.positions).to(self.state.dtype)
+            hidden = torch.where(known[..., None], self.state, estimated)
+            before = backbone.suffix_features(hidden, self.writer.split, position_ids=self.positions)
+            before = before[:, :-1][self.free[:, 1:]]
+        return _read(self.writer, backbone, found.features[self.free], before, self.ids[self.free], self.free)
+
+
 @torch.no_grad()
 def nll_bound(
     writer: Writer,
@@ -145,9 +218,6 @@ def nll_bound(
     precision: str = "float32",
 ) -> PathBound:
     """Bound the negative log-likelihood of the tokens after a known prefix, given the prefix.
-
-    The denoiser is used as writing uses it: known states at t = 0 and, where it conditions on an estimate of its own,
-    on the one of the same noised state (a function of z_t, as the bound requires).
 
     Args:
         writer: trained; in a space of vectors.
@@ -164,55 +234,58 @@ def nll_bound(
     Raises:
         UsageError: a space whose states are not vectors, a known part that is not a prefix, or nothing to explain.
     """
-    space, process = writer.space, writer.process
-    if not isinstance(space, VectorSpace):
-        raise UsageError(
-            f"the space {writer.config.space!r} has no such bound: its noised state is not noise on a state. "
-            "It is defined for hidden, latent and embedding."
-        )
     if cuts < 1:
         raise UsageError(f"cuts is {cuts}; the bound needs at least 1.")
-    known = known.to(backbone.device)
-    if not torch.equal(settled(known), known) or not bool(known[:, 0].all()) or bool(known.all(-1).any()):
-        raise UsageError("known= must be a prefix of each row, of at least one token and not the whole row.")
-    ids, keys = input_ids.to(backbone.device), sample_ids.to(backbone.device)
-    batch, time = ids.shape
-    positions = torch.arange(time, device=ids.device).expand(batch, time)
-    free = ~known
-    with own_dtype(backbone):
-        state = backbone.prefix(ids, writer.split, position_ids=positions)
-        clean = space.encode(backbone, ids, position_ids=positions, state=state)
-        condition = writer.condition(backbone, ids, positions)
-    known_input = space.known_input(clean)
-    low = torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
-
-    def estimate(noised: State, t: Time) -> Estimate:
-        inputs = (noised, t, known_input, condition, free, known, positions, None)
-        with low:
-            previous = None
-            if writer.denoiser.self_conditioned:
-                previous = space.feedback(backbone, writer.estimate(*inputs, None)[1])
-                previous = previous.masked_fill(known[..., None], 0.0)
-            return writer.estimate(*inputs, previous)[1]
-
-    def read(found: Estimate) -> dict[str, Tensor]:
-        with own_dtype(backbone), writer.reading():
-            estimated = space.hidden(backbone, found, positions).to(state.dtype)
-            hidden = torch.where(known[..., None], state, estimated)
-            before = backbone.suffix_features(hidden, writer.split, position_ids=positions)[:, :-1][free[:, 1:]]
-        return _read(writer, backbone, found.features[free], before, ids[free], free)
-
-    key = NoiseKey(seed=seed, purpose="bound", ids=position_keys(keys, positions))
+    text = _Denoised(writer, backbone, input_ids, known, seed=seed, sample_ids=sample_ids, precision=precision)
     return path_bound(
-        process,
-        clean,
-        free,
-        estimate,
-        lambda found: space.clean_estimate(backbone, found),
-        read,
-        lambda purpose: gaussian_noise(key, space.input_dim, purpose=f"bound {purpose}"),
-        lambda purpose: uniform(seed, keys, f"bound/shift {purpose}", dtype=torch.float64, device=ids.device),
-        cuts=cuts,
+        writer.process, text.clean, text.free, text.estimate, text.x0, text.read, text.noise, text.shift, cuts=cuts
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateErrors:
+    """How well the states of real text are denoised, summed over the positions of each sequence, by time.
+
+    Attributes:
+        squared_error: |z - x0|^2.
+        variance: |z|^2; states are normalised by training text, so that its mean is 0.
+        cosine: of z and x0.
+        tokens: positions.
+    """
+
+    squared_error: Float[Tensor, "batch times"]
+    variance: Float[Tensor, " batch"]
+    cosine: Float[Tensor, "batch times"]
+    tokens: Int[Tensor, " batch"]
+
+
+@torch.no_grad()
+def state_errors(
+    writer: Writer,
+    backbone: Backbone,
+    input_ids: TokenIds,
+    known: Mask,
+    *,
+    times: Sequence[float],
+    seed: int,
+    sample_ids: Int[Tensor, " batch"],
+    precision: str = "float32",
+) -> StateErrors:
+    """Denoise the states after a known prefix, all from the same time. Arguments and errors as for :func:`nll_bound`."""
+    text = _Denoised(writer, backbone, input_ids, known, seed=seed, sample_ids=sample_ids, precision=precision)
+    clean, free = text.clean.double(), text.free
+    errors, cosines = [], []
+    for index, time in enumerate(times):
+        t = torch.full((len(clean),), time, dtype=torch.float64, device=clean.device)
+        noised = writer.process.noise(text.clean, t, text.noise(f"{index} state")).float()
+        found = text.x0(text.estimate(noised, t.float())).double()
+        errors.append(((clean - found).square().sum(-1) * free).sum(-1))
+        cosines.append((torch.cosine_similarity(clean, found, -1) * free).sum(-1))
+    return StateErrors(
+        squared_error=torch.stack(errors, 1),
+        variance=(clean.square().sum(-1) * free).sum(-1),
+        cosine=torch.stack(cosines, 1),
+        tokens=free.sum(-1),
     )
 
 

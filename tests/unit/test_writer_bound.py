@@ -11,7 +11,7 @@ from dihal.config import ProcessConfig
 from dihal.diffusion.process import Process, build_process
 from dihal.errors import UsageError
 from dihal.spaces.base import Estimate
-from dihal.writing.bound import PathBound, cut_levels, nll_bound, path_bound
+from dihal.writing.bound import PathBound, cut_levels, nll_bound, path_bound, state_errors
 from tests.kit import tiny_backbone
 from tests.unit.test_methods import make_batch
 from tests.unit.test_writer import build, prefixes
@@ -130,6 +130,51 @@ def test_the_stack_reads_true_states_where_there_is_next_to_no_noise(backbone) -
     exact = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 4:].flatten(), reduction="none")
     torch.testing.assert_close(found.reading["suffix"][:, -1], exact.view(2, -1).sum(-1).double(), rtol=1e-3, atol=1e-2)
     assert (found.path == 0).all(), "an exact estimate walks for free"
+
+
+@pytest.mark.parametrize("space", ["hidden", "latent", "embedding"])
+def test_state_errors_are_those_of_the_estimates_and_of_no_batch(backbone, space, monkeypatch) -> None:
+    writer = build(backbone, space)
+    ids, known = make_batch(3, 16).input_ids, prefixes(1, 4, 9)
+    options = {"times": [0.1, 0.9], "seed": 3}
+    found = state_errors(writer, backbone, ids, known, sample_ids=torch.arange(3), **options)
+    assert found.tokens.tolist() == [15, 12, 7]
+    clean = writer.space.encode(backbone, ids, state=backbone.prefix(ids, writer.split)).double()
+    torch.testing.assert_close(found.variance, (clean.square().sum(-1) * ~known).sum(-1))
+    for row in range(3):
+        part = slice(row, row + 1)
+        alone = state_errors(writer, backbone, ids[part], known[part], sample_ids=torch.tensor([row]), **options)
+        for name in ("squared_error", "cosine"):
+            torch.testing.assert_close(getattr(alone, name)[0], getattr(found, name)[row], rtol=1e-4, atol=1e-4)
+
+    # Estimates that are known: a share of the state itself.
+    for share, cosine in ((1.0, 1.0), (0.5, 1.0), (-1.0, -1.0)):
+        monkeypatch.setattr(writer.space, "clean_estimate", lambda *_, share=share: (share * clean).float())
+        found = state_errors(writer, backbone, ids, known, sample_ids=torch.arange(3), **options)
+        wanted = (1 - share) ** 2 * found.variance[:, None].expand(-1, 2)
+        torch.testing.assert_close(found.squared_error, wanted, rtol=1e-5, atol=1e-8)
+        torch.testing.assert_close(
+            found.cosine, cosine * found.tokens[:, None].double().expand(-1, 2), rtol=1e-5, atol=0
+        )
+
+
+def test_less_noise_leaves_more_of_a_state(backbone) -> None:
+    """An untrained network that gives back what it reads, which is noise at one end and the state at the other."""
+    writer = build(backbone, "hidden")
+    ids, known = make_batch(2, 16).input_ids, prefixes(4, 4)
+    original, process = writer.estimate, writer.process
+
+    def echo(noised: torch.Tensor, t: torch.Tensor, *rest: object) -> tuple[torch.Tensor, Estimate]:
+        scale = process.schedule.alpha(t) / (process.schedule.alpha(t) ** 2 + process.schedule.sigma(t) ** 2)
+        return original(noised, t, *rest)[0], Estimate(features=noised, x0=scale[:, None, None] * noised)
+
+    writer.estimate = echo
+    times = [0.05, 0.35, 0.65, 0.95]
+    found = state_errors(writer, backbone, ids, known, times=times, seed=0, sample_ids=torch.arange(2))
+    left = found.squared_error.sum(0) / found.variance.sum()
+    snr = process.schedule.log_snr(torch.tensor(times, dtype=torch.float64)).exp()
+    # Of a state of unit variance per channel, the best linear estimate leaves 1 / (1 + SNR).
+    assert left.tolist() == pytest.approx((1 / (1 + snr)).tolist(), rel=0.15)
 
 
 def test_what_has_no_bound_is_refused(backbone) -> None:

@@ -25,8 +25,7 @@ from dihal.io import canonical_json, read_json
 
 __all__ = ["Board", "Curve", "Matched", "SeedGroup", "build_board", "gather", "require_comparable"]
 
-REFERENCE = "backbone"
-"""Row that the others are compared with at equal entropy."""
+REFERENCE = "backbone"  # the row that others are compared with at equal entropy
 
 _NO_WEIGHTS = (
     "seed", "out", "resume", "dry_run", "log.", "data.source", "data.workers", "budget.trials",
@@ -76,8 +75,16 @@ class Curve:
     @property
     def bound(self) -> Interval:
         """Likelihood bound of the checkpoint (`definitions.BOUND`); null where it was not measured."""
-        found = self.row.details.get("bound") or {}
-        return Interval(value=found.get("value"), low=found.get("low"), high=found.get("high"))
+        return _stored(self.row.details.get("bound"))
+
+    @property
+    def states(self) -> Interval:
+        """Explained variance of the states that it denoises (`definitions.STATES`); null likewise."""
+        return _stored((self.row.details.get("bound") or {}).get("states"))
+
+
+def _stored(found: dict | None) -> Interval:
+    return Interval(**{name: (found or {}).get(name) for name in ("value", "low", "high")})
 
 
 def _shared(parts: Sequence[Sequence[str]]) -> int:
@@ -98,6 +105,7 @@ class SeedGroup:
     matched: list[Matched]
     area: Interval
     bound: Interval
+    states: Interval
 
     @property
     def seeds(self) -> list[int | None]:
@@ -364,6 +372,7 @@ def _seed_group(members: list[Curve]) -> SeedGroup:
         matched=matched,
         area=_spread([curve.area for curve in members]),
         bound=_spread([curve.bound for curve in members]),
+        states=_spread([curve.states for curve in members]),
     )
 
 

@@ -1,4 +1,7 @@
-"""The likelihood bound of a writer on the real continuations: a number about given text, beside those about its own."""
+"""The likelihood bound of a writer on the real continuations, and how well it denoises their states.
+
+Numbers about given text, beside those about its own.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,15 @@ from jaxtyping import Float
 
 from dihal.backbone import Backbone
 from dihal.evaluation.bootstrap import estimate
-from dihal.evaluation.frontier.definitions import BOUND
+from dihal.evaluation.frontier.definitions import BOUND, STATES
 from dihal.evaluation.frontier.prompts import Chosen
 from dihal.spaces.hidden_state import VectorSpace
 from dihal.writer import Writer
-from dihal.writing.bound import nll_bound
+from dihal.writing.bound import nll_bound, state_errors
 
 __all__ = ["has_bound", "likelihood_bound"]
+
+_TIMES = [(step + 0.5) / 16 for step in range(16)]
 
 
 def has_bound(method: Any) -> bool:
@@ -52,14 +57,17 @@ def likelihood_bound(
 
     Returns:
         JSON: ``value, low, high`` (nats per token) with the reading left open; the same, its terms and the log-SNR of
-        its cut for each reading; the curves over cuts; what it was measured with.
+        its cut for each reading; the curves over cuts; ``states``: explained variance of denoised states
+        (`definitions.STATES`) and, over times, their cosine; what it was measured with.
     """
     prompts = chosen.prompts
     ids = torch.cat([prompts.prompts, prompts.real], 1)
     known = (torch.arange(ids.shape[1]) < prompts.prompts.shape[1]).expand_as(ids)
-    parts = [
-        nll_bound(writer, backbone, ids[rows], known[rows], cuts=cuts, seed=seed, sample_ids=rows, precision=precision)
-        for rows in torch.arange(len(ids)).split(batch_size)
+    batches = torch.arange(len(ids)).split(batch_size)
+    how = {"seed": seed, "precision": precision}
+    parts = [nll_bound(writer, backbone, ids[rows], known[rows], cuts=cuts, sample_ids=rows, **how) for rows in batches]
+    states = [
+        state_errors(writer, backbone, ids[rows], known[rows], times=_TIMES, sample_ids=rows, **how) for rows in batches
     ]
     owners, count = np.array(chosen.documents), len(chosen.keys)
 
@@ -101,6 +109,13 @@ def likelihood_bound(
         }
 
     whole = tokens.sum()
+    error = per_document([part.squared_error for part in states])
+    variance = per_document([part.variance for part in states])[:, 0]
+    explained = estimate(
+        STATES, {"state_squared_error": error.mean(1), "state_variance": variance}, weights, confidence
+    )
+    cosine = per_document([part.cosine for part in states]).sum(0) / whole
+    times = torch.tensor(_TIMES, dtype=torch.float64, device=backbone.device)
     return {
         **measured(list(terms)),
         "readings": {name: measured([name]) for name in terms},
@@ -108,6 +123,16 @@ def likelihood_bound(
             "log_snr": levels,
             "path": (path.sum(0) / whole).tolist(),
             **{name: (values.sum(0) / whole).tolist() for name, values in terms.items()},
+        },
+        "states": {
+            "value": explained.value,
+            "low": explained.low,
+            "high": explained.high,
+            "times": _TIMES,
+            "log_snr": writer.process.schedule.log_snr(times).tolist(),
+            "explained_variance": (1 - error.sum(0) / variance.sum()).tolist(),
+            "cosine": cosine.tolist(),
+            "definition": STATES.definition,
         },
         "cuts": cuts,
         "precision": precision,

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from dihal.evaluation.bootstrap import Interval
 from dihal.evaluation.frontier.board import Board, Curve, SeedGroup
-from dihal.evaluation.frontier.definitions import BOUND, METRICS, SET_METRICS
+from dihal.evaluation.frontier.definitions import BOUND, METRICS, SET_METRICS, STATES
 from dihal.evaluation.frontier.result import Point
 
 __all__ = [
@@ -76,6 +76,7 @@ def curve_columns(board: Board) -> dict[str, str]:
     columns |= {
         "area": "area [nats]",
         "bound": BOUND.label,
+        "states": STATES.label,
         "nfe": "NFE",
         "encodes": "encodes",
         "reads": "reads",
@@ -97,6 +98,7 @@ def curve_cells(curve: Curve, axis: str) -> dict[str, str]:
         # One point has no curve; its area would only say where the point lies.
         "area": "" if text else with_interval(curve.area),
         "bound": with_interval(curve.bound),
+        "states": with_interval(curve.states),
         "nfe": "" if not point.nfe else str(point.nfe),
         "encodes": "" if point.encodes is None else str(point.encodes),
         "reads": "" if point.reads is None else str(point.reads),
@@ -127,6 +129,7 @@ def group_cells(group: SeedGroup, axis: str) -> dict[str, str]:
         "seeds": f"{len(group.seeds)} ({', '.join(map(str, group.seeds))})",
         "area": with_spread(group.area),
         "bound": with_spread(group.bound),
+        "states": with_spread(group.states),
         # How fast a seed was written says nothing about another.
         "speed": "",
     }
@@ -220,6 +223,8 @@ def describe(board: Board) -> list[str]:
     ]
     if any(curve.bound.value is not None for curve in board.curves):
         lines.append(f"{BOUND.label[0].upper()}{BOUND.label[1:]}: {BOUND.definition}")
+    if any(curve.states.value is not None for curve in board.curves):
+        lines.append(f"{STATES.label[0].upper()}{STATES.label[1:]}: {STATES.definition}")
     if shared.samples < _FEW_SAMPLES:
         lines.append(f"Only {shared.samples} samples: too few for a headline.")
     if len(first.document_keys) < _FEW_DOCUMENTS:
@@ -336,7 +341,7 @@ def curves_csv(board: Board) -> str:
     head = ["name", "kind", "seeds", "steps", "bounds", "entropy"]
     head += [
         name if part == "value" else f"{name}_{part}"
-        for name in (*groups, "area", "bound")
+        for name in (*groups, "area", "bound", "states")
         for part in ("value", "low", "high")
     ]
     rows: list[list[object]] = []
@@ -347,6 +352,6 @@ def curves_csv(board: Board) -> str:
         else:
             facts = [line.label, line.row.kind, line.seed, line.steps, "documents"]
         for matched in line.matched:
-            found = [*(getattr(matched, name) for name in groups), line.area, line.bound]
+            found = [*(getattr(matched, name) for name in groups), line.area, line.bound, line.states]
             rows.append([*facts, matched.entropy, *(v for item in found for v in (item.value, item.low, item.high))])
     return _csv(head, rows)

@@ -10,7 +10,7 @@ from dihal.evaluation.bootstrap import document_weights
 from dihal.evaluation.frontier.bound import has_bound, likelihood_bound
 from dihal.evaluation.frontier.prompts import Chosen
 from dihal.evaluation.generation import Prompts
-from dihal.writing.bound import nll_bound
+from dihal.writing.bound import nll_bound, state_errors
 from tests.kit import tiny_backbone
 from tests.unit.test_methods import make_batch
 from tests.unit.test_writer import build, prefixes
@@ -52,6 +52,14 @@ def test_each_half_is_measured_where_the_other_is_best(setup) -> None:
         assert sum(one["terms"].values()) == pytest.approx(one["value"])
         assert [pick["reading"] for pick in one["chosen"]] == [name, name]
     assert found["tokens"] == 7 * 11
+    states = found["states"]
+    errors = state_errors(writer, backbone, ids, known, times=states["times"], seed=2, sample_ids=torch.arange(7))
+    left = errors.squared_error.sum(0) / errors.variance.sum()
+    assert states["explained_variance"] == pytest.approx((1 - left).tolist(), rel=1e-4)
+    assert states["cosine"] == pytest.approx((errors.cosine.sum(0) / 77).tolist(), rel=1e-4)
+    assert states["value"] == pytest.approx(float(1 - left.mean()), rel=1e-4)
+    assert states["low"] <= states["value"] <= states["high"]
+    assert states["log_snr"] == sorted(states["log_snr"], reverse=True)
     assert len(found["curves"]["log_snr"]) == len(found["curves"]["path"]) == CUTS
 
 

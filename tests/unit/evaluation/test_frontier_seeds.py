@@ -59,16 +59,20 @@ def test_two_seeds_give_a_row_of_their_mean_above_the_first_of_them():
 def test_likelihood_bounds_are_of_each_seed_and_of_all_where_none_lacks_it():
     def bounded(number: int, value: float) -> FrontierRow:
         found = {"value": value, "low": value - 0.1, "high": value + 0.1}
+        found["states"] = {name: number / 10 for name, number in found.items()}
         return dataclasses.replace(seed(number, 4.0 + number / 10), details={"bound": found})
 
     found = board(bounded(0, 5.0), bounded(1, 5.5))
     name = "write-{0, 1} own, 2 seeds: mean (lowest to highest)"
     assert cells(found)[name]["bound"] == "5.25 (5.00 to 5.50)"
     assert cells(found)["write-0 own"]["bound"] == "5.00 [4.90, 5.10]"
-    assert cells(found)["backbone"]["bound"] == ""
+    assert cells(found)["backbone"]["bound"] == cells(found)["backbone"]["states"] == ""
+    assert cells(found)[name]["states"] == "0.53 (0.50 to 0.55)"
+    assert any(sentence.startswith("States explained: Explained variance") for sentence in describe(found))
     assert any(sentence.startswith("Bound of real text's NLL: Upper bound") for sentence in describe(found))
     rows = list(csv.DictReader(io.StringIO(curves_csv(found))))
     assert [row["bound_high"] for row in rows if row["kind"] == "seeds"] == ["5.5"]
+    assert [row["states_low"] for row in rows if row["kind"] == "seeds"] == ["0.5"]
     assert cells(board(bounded(0, 5.0), seed(1, 4.1)))[name]["bound"] == ""
 
 
