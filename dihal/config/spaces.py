@@ -74,6 +74,10 @@ class WritingConfig:
     """Denoising steps per block."""
     sampler: Literal["euler", "heun", "ddim", "ancestral", "dpmpp_2m"] = "ddim"
     """Solver; the space `simplex` renoises its projection instead."""
+    log_snr_center: float | None = None
+    """Steps at quantiles of a logistic distribution over log-SNR with this median, e.g. -4: where tokens are decided; None: even in time."""
+    log_snr_scale: float = 0.75
+    """Its scale."""
     readout: Literal["own", "suffix", "fused"] = "own"
     """Tokens from the space's own head, from the frozen stack, or from the log-linear mix of both."""
     suffix_weight: float = 0.5

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dihal.diffusion.process import Process
 from dihal.diffusion.schedule import Schedule
@@ -34,6 +34,7 @@ __all__ = [
     "euler",
     "evaluation_times",
     "heun",
+    "level_grid",
     "nfe",
     "sample",
     "time_grid",
@@ -59,6 +60,39 @@ def time_grid(steps: int, t_start: float = 1.0, t_end: float = 0.0) -> list[floa
     if not 0.0 <= t_end < t_start <= 1.0:
         raise UsageError(f"sampling runs from t_start down to t_end within [0, 1]; got {t_start} and {t_end}.")
     return [t_start + (t_end - t_start) * i / steps for i in range(steps)] + [t_end]
+
+
+def level_grid(schedule: Schedule, steps: int, *, center: float, scale: float) -> list[float]:
+    """Return ``steps + 1`` times from 1 down to 0; those in between are quantiles of a logistic law of the log-SNR.
+
+    The noise levels at which something is decided get the steps, whatever the schedule of training was. The idea is
+    CDCD's (Dieleman et al. 2022, arXiv 2211.15089, Sec. 4), whose warp spaces noise levels evenly in what is decided
+    at them; here it is two numbers that training need not know.
+
+    Args:
+        schedule: turns levels into times.
+        steps: see ``nfe``.
+        center: median log-SNR.
+        scale: of the law; half of the steps lie within 1.1 times this of the centre.
+
+    Raises:
+        UsageError: fewer than one step, a scale that is not positive, or levels that the schedule does not have.
+    """
+    if steps < 1:
+        raise UsageError(f"a sampler needs at least 1 step, {steps} were asked for.")
+    if not scale > 0:
+        raise UsageError(f"the scale of steps over log-SNR must be positive, not {scale}.")
+    share = torch.arange(1, steps, dtype=torch.float64) / steps
+    levels = center + scale * (share.log() - (1 - share).log())
+    if isinstance(schedule, nn.Module):
+        levels = levels.to(next(schedule.parameters()).device)
+    times = [1.0, *schedule.time(levels).tolist(), 0.0]
+    if not all(before > after for before, after in pairwise(times)):
+        raise UsageError(
+            f"steps at log-SNR {levels.min():.1f} to {levels.max():.1f} leave the schedule of this checkpoint. "
+            "Move the centre, or take a smaller scale or fewer steps."
+        )
+    return times
 
 
 def _at(function: Callable[[Tensor], Tensor], t: float) -> float:

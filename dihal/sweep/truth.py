@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 
 from dihal.checkpoint import Checkpoint, has_checkpoint, load_checkpoint
-from dihal.config import TrainConfig
+from dihal.config import TrainConfig, WritingConfig
 from dihal.config.convert import to_dict
 from dihal.config.sweep import SweepConfig
 from dihal.errors import UsageError
@@ -79,8 +79,9 @@ def _identity(config: SweepConfig, run: TrainConfig, backbone: Backbone, data: T
         del plain[name]
     # Where things lie is not what they are; their fingerprints are below.
     del plain["backbone"]["id"], plain["backbone"]["device"], plain["data"]["source"]
-    # How text is written decides no weight.
-    writing = plain["method"].pop("writing")
+    # How text is written decides no weight; and an option that nobody set is none, so that new ones change nothing.
+    usual = to_dict(WritingConfig())
+    writing = {name: value for name, value in plain["method"].pop("writing").items() if value != usual[name]}
     trained = hash_json(
         {
             "train": plain,

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from dihal.config.spaces import WritingConfig
 from dihal.diffusion.process import Process
-from dihal.diffusion.samplers import evaluation_times, nfe, time_grid
+from dihal.diffusion.samplers import evaluation_times, level_grid, nfe, time_grid
 from dihal.spaces.base import Estimate, NoiseKey, Space
 from dihal.spaces.hidden_state import VectorSpace
 from dihal.types import Mask, PerPosition, State, Time, TokenIds
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from dihal.backbone import Backbone
     from dihal.writer import Writer
 
-__all__ = ["Block", "BlockText", "branches_of", "estimates", "readout_weight", "walked_process"]
+__all__ = ["Block", "BlockText", "branches_of", "estimates", "readout_weight", "walk_times", "walked_process"]
 
 
 def readout_weight(writing: WritingConfig) -> float:
@@ -62,6 +62,13 @@ def branches_of(guidance: float) -> tuple[str, ...]:
 def estimates(writing: WritingConfig, space: str) -> int:
     """Estimates that a walk asks for. `simplex` takes one a step: it renoises tokens and has no solver."""
     return writing.steps if space == "simplex" else nfe(writing.sampler, writing.steps)
+
+
+def walk_times(writing: WritingConfig, process: Process) -> list[float]:
+    """Times of a walk from noise to text, the ends included."""
+    if writing.log_snr_center is None:
+        return time_grid(writing.steps)
+    return level_grid(process.schedule, writing.steps, center=writing.log_snr_center, scale=writing.log_snr_scale)
 
 
 def walked_process(writer: Writer) -> Process:
@@ -151,6 +158,7 @@ class Block:
         self.commits = writing.commit == "confidence"
         self.estimates = estimates(writing, writer.config.space)
         self.step = 0
+        self.times = walk_times(writing, process)
         self.read_own = self._read_own()
         """Evaluations whose estimate the own head reads."""
         self.previous: Tensor | None = None
@@ -212,7 +220,7 @@ class Block:
         writing, last = self.writing, self.estimates - 1
         if not self.space.predicts_state:  # a network that gives no state gives features
             return frozenset(range(self.estimates))
-        times = evaluation_times(writing.sampler, time_grid(writing.steps))
+        times = evaluation_times(writing.sampler, self.times)
         active = [writing.project > 0 and t <= writing.project_below for t in times]
         alone = self.weight < 1.0 or self.context.length == 0
         read = {step for step in range(last) if alone and (self.commits or active[step])}
@@ -309,7 +317,7 @@ class Block:
             NoiseKey(seed=writing.seed, purpose="write", ids=self.keys),
             (self.tokens.shape[0], self.tokens.shape[1]),
             backbone=self.backbone,
-            times=time_grid(writing.steps),
+            times=self.times,
             sampler=writing.sampler,
             weight=writing.project,
             temperature=self.temperature,

@@ -67,6 +67,8 @@ def check_writing(config: WritingConfig, *, condition_dropout: float, own: bool 
         value = getattr(config, name)
         if value is not None and not value >= 0:
             raise UsageError(f"writing.{name} is {value}; it must not be negative. 0 is greedy.")
+    if not config.log_snr_scale > 0:
+        raise UsageError(f"writing.log_snr_scale is {config.log_snr_scale}; it must be positive, e.g. 0.75.")
     usual = WritingConfig()
     for name in ("order", "top_p"):
         if getattr(config, name) != getattr(usual, name):

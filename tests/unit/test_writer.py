@@ -326,6 +326,7 @@ WAYS = {
     "commit": WritingConfig(steps=4, readout="fused", commit="confidence", sampler="heun"),
     "commit and project": WritingConfig(steps=3, project=1.0, commit="confidence", temperature=1.0),
     "guided": WritingConfig(steps=3, guidance=2.0),
+    "levels": WritingConfig(steps=4, project=0.5, log_snr_center=-2.0, sampler="dpmpp_2m"),
     "blocks": WritingConfig(steps=3, readout="fused", project=1.0, block=4, guidance=1.5, temperature=0.7),
 }
 
@@ -658,6 +659,32 @@ def test_methods_that_contradict_themselves(changes: dict, message: str) -> None
         Writer(config(**changes), dim=32, vocab=VOCAB)
 
 
+@pytest.mark.parametrize("space", sorted(SPACES))
+def test_steps_are_taken_at_the_levels_asked_for(space: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = tiny_backbone()
+    writer = build(backbone, space)
+    known, seen = prefixes(4, 4), []
+    forward = writer.denoiser.forward
+
+    def spy(noised: torch.Tensor, t: torch.Tensor, *args: object, **options: object) -> torch.Tensor:
+        seen.append(float(t.max()))
+        return forward(noised, t, *args, **options)
+
+    monkeypatch.setattr(writer.denoiser, "forward", spy)
+    ids, texts = make_batch(2, 16).input_ids, []
+    for center in (None, -2.0):
+        seen.clear()
+        writing = WritingConfig(steps=5, log_snr_center=center, log_snr_scale=0.5)
+        written = writer.write(backbone, ids, known, writing=writing, cached=False, compare=False)
+        assert written.nfe == 5
+        texts.append(list(seen))
+    assert texts[0] == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
+    assert texts[1][0] == 1.0
+    levels = writer.process.schedule.log_snr(torch.tensor(texts[1][1:], dtype=torch.float64)).tolist()
+    # Quantiles 0.2, 0.4, 0.6, 0.8 of a logistic law.
+    assert levels == pytest.approx([-2.6931, -2.2027, -1.7973, -1.3069], abs=1e-3)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -668,6 +695,7 @@ def test_methods_that_contradict_themselves(changes: dict, message: str) -> None
         ({"suffix_weight": -0.1}, "suffix_weight"),
         ({"temperature": -1.0}, "temperature"),
         ({"block": 0}, "block"),
+        ({"log_snr_scale": 0.0}, "log_snr_scale"),
     ],
 )
 def test_impossible_ways_of_writing(options: dict, message: str) -> None:

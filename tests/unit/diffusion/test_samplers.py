@@ -17,6 +17,7 @@ from dihal.diffusion import (
     build_schedule,
     evaluations_per_estimate,
     guided,
+    level_grid,
     nfe,
     sample,
     time_grid,
@@ -201,6 +202,30 @@ def test_grid():
     assert time_grid(4) == [1.0, 0.75, 0.5, 0.25, 0.0]
     assert time_grid(2, 0.9, 0.1) == pytest.approx([0.9, 0.5, 0.1])
     assert time_grid(7)[-1] == 0.0
+
+
+@pytest.mark.parametrize("name", sorted(SCHEDULES))
+def test_levels(name):
+    schedule = build_schedule(ProcessConfig(schedule=name))
+    center = float(schedule.log_snr(torch.tensor(0.5, dtype=torch.float64)))
+    times = level_grid(schedule, 40, center=center, scale=0.1)
+    assert times[0] == 1.0
+    assert times[-1] == 0.0
+    assert len(times) == 41
+    assert times == sorted(times, reverse=True)
+    levels = schedule.log_snr(torch.tensor(times[1:-1], dtype=torch.float64)).detach()
+    share = torch.sigmoid((levels - center) / 0.1)  # of the logistic law below each level
+    torch.testing.assert_close(share, torch.arange(1, 40, dtype=torch.float64) / 40, rtol=1e-5, atol=1e-6)
+    assert level_grid(schedule, 1, center=center, scale=0.1) == [1.0, 0.0]
+
+
+def test_levels_that_there_are_not():
+    schedule = build_schedule(ProcessConfig(schedule="log_linear", log_snr_max=3.0))
+    with pytest.raises(UsageError, match="leave the schedule of this checkpoint"):
+        level_grid(schedule, 10, center=-4.0, scale=1.0)
+    for steps, scale in ((0, 1.0), (4, 0.0)):
+        with pytest.raises(UsageError):
+            level_grid(schedule, steps, center=0.0, scale=scale)
 
 
 def test_guidance():
