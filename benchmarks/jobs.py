@@ -103,7 +103,7 @@ def read_jobs(path: Path, values: dict[str, str]) -> list[Job]:
     """The jobs of a file, with values put into their text.
 
     Raises:
-        SystemExit: an unknown field, a missing one, an unknown name in `after`, a name used twice, or a value not given.
+        SystemExit: an unknown field, a missing one, an unknown name in `after`, or a value not given.
     """
     jobs: list[Job] = []
     for title, entry in yaml.safe_load(path.read_text(encoding="utf-8")).items():
@@ -117,9 +117,6 @@ def read_jobs(path: Path, values: dict[str, str]) -> list[Job]:
             )
         for chosen in _combinations(path, title, entry, values):
             jobs.append(_job(path, title, entry, values | chosen, [job.name for job in jobs]))
-    twice = sorted({job.name for job in jobs if sum(other.name == job.name for other in jobs) > 1})
-    if twice:
-        sys.exit(f"{path}: several jobs are called {', '.join(twice)}.")
     return jobs
 
 
@@ -140,6 +137,8 @@ def _job(path: Path, title: str, entry: dict[str, Any], values: dict[str, str], 
         )
     except KeyError as error:
         sys.exit(f"{path}: job {title!r} needs --set {error.args[0]}=...")
+    except AttributeError as error:
+        sys.exit(f"{path}: job {title!r}: {error}. A value of `each` has its name and, from a mapping, .options.")
 
 
 def _command(lines: list[str]) -> list[str]:
@@ -227,7 +226,7 @@ def main() -> None:
     jobs = [job for file in arguments.files for job in read_jobs(file, values)]
     twice = sorted({job.name for job in jobs if sum(other.name == job.name for other in jobs) > 1})
     if twice:
-        sys.exit(f"several files have jobs of one name: {', '.join(twice)}. Run them one after the other.")
+        sys.exit(f"several jobs of one name: {', '.join(twice)}. Rename them, or run their files one after the other.")
     if arguments.only:
         by_name = {job.name: job for job in jobs}
         wanted: set[str] = set()

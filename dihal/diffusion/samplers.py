@@ -66,7 +66,7 @@ def level_grid(schedule: Schedule, steps: int, *, center: float, scale: float) -
     """Return ``steps + 1`` times from 1 down to 0; those in between are quantiles of a logistic law of the log-SNR.
 
     The noise levels at which something is decided get the steps, whatever the schedule of training was. The idea is
-    CDCD's (Dieleman et al. 2022, arXiv 2211.15089, Sec. 4), whose warp spaces noise levels evenly in what is decided
+    CDCD's (Dieleman et al. 2022, arXiv 2211.15089), whose warp spaces noise levels evenly in what is decided
     at them; here it is two numbers that training need not know.
 
     Args:

@@ -119,8 +119,9 @@ def test_an_entry_stands_for_every_combination_of_its_values(tmp_path: Path) -> 
     wrong = [
         ({"a": touch("a", each={"seed": []})}, "at least one value"),
         ({"a": touch("a", each={"name": [1]})}, "means something already"),
-        ({"a": touch("a", each={"seed": [0, 1]})}, "several jobs are called a"),
+        ({"a": touch("a", each={"seed": [0, 1]})}, "jobs of one name: a"),
         ({"a-{seed}": touch("a", each={"space": [0]})}, "--set seed="),
+        ({"a": touch("{seed.opitons}", each={"seed": [0]})}, "no attribute 'opitons'"),
         ({"a": touch("a", after=["b*"])}, "does not stand before it"),
     ]
     for entries, message in wrong:

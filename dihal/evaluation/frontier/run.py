@@ -224,7 +224,7 @@ def _measure(config: FrontierConfig, folder: Path, console: Console) -> list[Pat
             unbound.discard(name)
     for row in rows:
         if row.name in unbound:
-            measurement.remember(row, _bound_beside(folder, row, blanks[row.name], config.bound_cuts))
+            measurement.remember(row, _bound_beside(folder, row, blanks[row.name], config))
     todo = {
         row.name: [key for key in row.grid if key not in {(p.steps, p.temperature) for p in kept[row.name]}]
         for row in rows
@@ -287,7 +287,7 @@ def _precision(row: PlannedRow) -> str:
     return str(row.variant.options.get("precision", row.trained.config.method.writing.precision))
 
 
-def _bound_beside(folder: Path, row: PlannedRow, blank: FrontierRow, cuts: int) -> dict[str, Any]:
+def _bound_beside(folder: Path, row: PlannedRow, blank: FrontierRow, config: FrontierConfig) -> dict[str, Any]:
     """The bound of the row's checkpoint as another row's file has it, measured alike; empty: none does."""
     assert row.trained is not None
     alike = ("checkpoint", "comparable", "bootstrap", "bootstrap_seed", "confidence")
@@ -299,9 +299,9 @@ def _bound_beside(folder: Path, row: PlannedRow, blank: FrontierRow, cuts: int) 
         except UsageError:
             continue  # not a whole row: whose it is will measure it again
         bound = found.details.get("bound", {})
-        if all(getattr(found, name) == getattr(blank, name) for name in alike) and (
-            (bound.get("cuts"), bound.get("precision"), bound.get("seed"))
-            == (cuts, _precision(row), blank.bootstrap_seed)
+        how = tuple(bound.get(name) for name in ("cuts", "precision", "seed"))
+        if how == (config.bound_cuts, _precision(row), config.seed) and all(
+            getattr(found, name) == getattr(blank, name) for name in alike
         ):
             return bound
     return {}
