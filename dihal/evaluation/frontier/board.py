@@ -9,17 +9,12 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
 
-import numpy as np
-from jaxtyping import Float
-
 from dihal.config import TrainConfig
 from dihal.config.convert import flatten, named_in, to_dict
 from dihal.errors import UsageError
 from dihal.evaluation.bootstrap import Interval
-from dihal.evaluation.definitions import ratio
-from dihal.evaluation.frontier.assemble import resample_weights
-from dihal.evaluation.frontier.curve import area, at_entropy
-from dihal.evaluation.frontier.definitions import METRICS
+from dihal.evaluation.frontier.curve import area
+from dihal.evaluation.frontier.matched import Bundle, Matched, interval, matched
 from dihal.evaluation.frontier.result import FrontierRow, Point, is_row, read_row
 from dihal.io import canonical_json, read_json
 
@@ -35,17 +30,6 @@ _NO_WEIGHTS = (
 
 _SPENT_ALIKE = 0.05
 """Share by which the diffused tokens of such seeds may differ: time limits end at no round number, stopped runs earlier."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Matched:
-    """A curve at one entropy; all null where it does not pass it."""
-
-    entropy: float
-    nll: Interval
-    agreement: Interval
-    behind: Interval
-    """NLL minus that of the backbone's own sampling at the same entropy, paired by document."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,33 +186,6 @@ def require_comparable(rows: Sequence[tuple[Path, FrontierRow]]) -> None:
                 )
 
 
-def _interval(value: float, resampled: Float[np.ndarray, " resamples"], confidence: float) -> Interval:
-    if not math.isfinite(value):
-        return Interval(value=None, low=None, high=None)
-    tail = (1.0 - confidence) / 2.0
-    finite = resampled[np.isfinite(resampled)]
-    # Where many resamples leave the range of the curve, the others are no fair sample of it.
-    if len(finite) < (1.0 - tail) * len(resampled):
-        return Interval(value=value, low=None, high=None)
-    low, high = np.quantile(finite, [tail, 1.0 - tail])
-    return Interval(value=value, low=float(low), high=float(high))
-
-
-class _Bundle:
-    """One curve on the whole sample (first) and on every resample: (1 + resamples, points) by metric."""
-
-    def __init__(self, row: FrontierRow, points: list[Point], axis: str) -> None:
-        weights = resample_weights(row)
-        rows = np.concatenate([np.ones((1, weights.shape[1])), weights])
-        sums = [row.sums(point) for point in points]
-        self.nll, self.agreement, self.entropy = (
-            np.stack([ratio(METRICS[name], own, rows) for own in sums], axis=1) for name in ("nll", "agreement", axis)
-        )
-
-    def at(self, value: np.ndarray, entropy: float) -> np.ndarray:
-        return at_entropy(self.entropy, self.nll, value, entropy)
-
-
 def _order(curve: Curve) -> tuple:
     place = ("text", "bound", "checkpoint", "control").index(curve.row.kind)
     # n-grams by their order, all else by area.
@@ -267,19 +224,14 @@ def build_board(
     assert span is not None
     labels = _labels(rows)
     anchor = next(
-        (
-            _Bundle(row, _points(row, steps), metric)
-            for _, row in rows
-            if row.name == REFERENCE
-            for steps in _steps(row)
-        ),
+        (Bundle(row, _points(row, steps), metric) for _, row in rows if row.name == REFERENCE for steps in _steps(row)),
         None,
     )
     curves = []
     for (path, row), label in zip(rows, labels, strict=True):
         for steps in _steps(row):
             points = _points(row, steps)
-            bundle = _Bundle(row, points, metric)
+            bundle = Bundle(row, points, metric)
             values = area(bundle.entropy, bundle.nll, low=span[0], high=span[1], reference=math.log(row.scorer_vocab))
             curves.append(
                 Curve(
@@ -288,8 +240,8 @@ def build_board(
                     label=label,
                     steps=steps,
                     points=points,
-                    matched=[_matched(bundle, anchor, place, row.confidence) for place in entropies],
-                    area=_interval(float(values[0]), values[1:], row.confidence),
+                    matched=[matched(bundle, anchor, place, row.confidence) for place in entropies],
+                    area=interval(float(values[0]), values[1:], row.confidence),
                 )
             )
     curves.sort(key=_order)
@@ -302,20 +254,6 @@ def build_board(
         ignored=ignored,
         groups=groups,
         ungrouped=ungrouped,
-    )
-
-
-def _matched(bundle: _Bundle, anchor: _Bundle | None, place: float, confidence: float) -> Matched:
-    def interval(values: np.ndarray) -> Interval:
-        return _interval(float(values[0]), values[1:], confidence)
-
-    nll = bundle.at(bundle.nll, place)
-    behind = np.full_like(nll, np.nan) if anchor is None else nll - anchor.at(anchor.nll, place)
-    return Matched(
-        entropy=place,
-        nll=interval(nll),
-        agreement=interval(bundle.at(bundle.agreement, place)),
-        behind=interval(behind),
     )
 
 
@@ -361,6 +299,7 @@ def _seed_group(members: list[Curve]) -> SeedGroup:
     matched = [
         Matched(
             entropy=found[0].entropy,
+            where=_spread([item.where for item in found]),
             nll=_spread([item.nll for item in found]),
             agreement=_spread([item.agreement for item in found]),
             behind=_spread([item.behind for item in found]),

@@ -12,6 +12,7 @@ from rich.table import Table
 from dihal.evaluation.bootstrap import Interval
 from dihal.evaluation.frontier.board import Board, Curve, SeedGroup
 from dihal.evaluation.frontier.definitions import BOUND, METRICS, SET_METRICS, STATES
+from dihal.evaluation.frontier.matched import Matched
 from dihal.evaluation.frontier.result import Point
 
 __all__ = [
@@ -52,6 +53,14 @@ def with_spread(found: Interval, digits: int = 2) -> str:
     if found.value is None:
         return ""
     return f"{found.value:.{digits}f} ({found.low:.{digits}f} to {found.high:.{digits}f})"
+
+
+def elsewhere(matched: Matched) -> str:
+    """`` at 3.98``: the entropy of the values where it is not the one asked for; of several seeds, its mean."""
+    where = matched.where
+    if where.value is None or math.isclose(where.value, matched.entropy):
+        return ""
+    return f" at {where.value:.2f}"
 
 
 def count(value: float | int | None) -> str:
@@ -108,7 +117,7 @@ def curve_cells(curve: Curve, axis: str) -> dict[str, str]:
         "tokens": count(curve.row.cost.get("diffused_tokens")),
     }
     for index, matched in enumerate(curve.matched):
-        found[f"nll_{index}"] = with_interval(matched.nll)
+        found[f"nll_{index}"] = with_interval(matched.nll) + elsewhere(matched)
         reference = curve.row.kind in ("bound", "text")
         found[f"behind_{index}"] = "" if reference else with_interval(matched.behind)
         found[f"agreement_{index}"] = with_interval(matched.agreement)
@@ -134,7 +143,7 @@ def group_cells(group: SeedGroup, axis: str) -> dict[str, str]:
         "speed": "",
     }
     for index, matched in enumerate(group.matched):
-        found[f"nll_{index}"] = with_spread(matched.nll)
+        found[f"nll_{index}"] = with_spread(matched.nll) + elsewhere(matched)
         found[f"behind_{index}"] = with_spread(matched.behind)
         found[f"agreement_{index}"] = with_spread(matched.agreement)
     return found
@@ -193,7 +202,7 @@ def _about_intervals(board: Board) -> list[str]:
     if board.groups:
         lines.append(
             "The spread of training seeds is in the rows of several seeds: mean over seeds (lowest to highest seed), no "
-            "interval; empty where a seed does not reach the entropy."
+            "interval; empty where a seed stays below the entropy."
         )
     if any(map(board.single, board.curves)):
         lines.append('A method with one training seed is marked "only": its spread over seeds is unknown.')
@@ -213,7 +222,8 @@ def describe(board: Board) -> list[str]:
         f"({first.backbone.get('dtype')}).",
         f"NLL in nats per token under {shared.scorer}.{star}",
         f"Low NLL at low entropy is repetition: compare at equal entropy ({tokens} tokens, within a continuation), "
-        "interpolated between the temperatures of a row; empty where the row does not pass it.",
+        "interpolated between the temperatures of a row. Of a row that lies above it, the point of lowest NLL counts, and its "
+        "entropy is named: more than was asked for. Empty where the row stays below.",
         f"Area: how far the row gets below log V = {math.log(first.scorer_vocab):.2f} nats at an entropy of at least e, "
         f"mean over e from {low:.2f} to {high:.2f}; higher is better.",
         *_about_intervals(board),
@@ -337,7 +347,7 @@ def curves_csv(board: Board) -> str:
 
     `bounds` says what low and high are: `documents` (interval over documents), `seeds` (lowest and highest seed).
     """
-    groups = ("nll", "agreement", "behind")
+    groups = ("where", "nll", "agreement", "behind")
     head = ["name", "kind", "seeds", "steps", "bounds", "entropy"]
     head += [
         name if part == "value" else f"{name}_{part}"

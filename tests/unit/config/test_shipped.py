@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from dihal.config import (
@@ -19,6 +20,7 @@ from dihal.config import (
     TrainConfig,
 )
 from dihal.config.cli import parse, to_dict
+from dihal.diffusion.schedule import build_schedule
 from dihal.methods import METHODS
 
 ROOT = Path(__file__).parents[3] / "configs"
@@ -77,11 +79,23 @@ def test_runs_name_the_split_once_and_a_budget(name):
 
 
 def test_spaces_are_read_alike_once_a_row_says_how():
-    """A row of `dihal frontier` names readout, projection and temperature; nothing else may differ between its spaces."""
+    """A row of `dihal frontier` names readout, projection and temperature; nothing else may differ between its spaces.
+
+    But for the noise levels of the steps: like the schedule they belong to the space.
+    """
     ways = {}
     for name in FILES:
         method = parse(MethodConfig, ["--config", str(ROOT / name)], prog="x") if "method/" in name else None
         if method is not None and method.regime == "generate":
-            ways[name] = replace(method.writing, readout="fused", project=0.5, temperature=1.0)
+            ways[name] = replace(method.writing, readout="fused", project=0.5, temperature=1.0, log_snr_center=None)
     assert len(ways) >= 4
     assert len(set(ways.values())) == 1, ways
+
+
+def test_hidden_states_are_walked_at_the_levels_they_are_trained_at():
+    method = parse(MethodConfig, ["--config", str(ROOT / "method/write-hidden.yaml")], prog="x")
+    assert method.time.law == "logit_normal"
+    median = torch.tensor(method.time.mean).sigmoid()
+    schedule = build_schedule(method.process)
+    level = 2 * (schedule.alpha(median) / schedule.sigma(median)).log()
+    assert level.item() == pytest.approx(method.writing.log_snr_center, abs=0.1)

@@ -154,6 +154,30 @@ def test_where_a_seed_does_not_reach_an_entropy_the_group_says_nothing():
     assert cells(found)["write-0 own"]["nll_1"].startswith("4.90"), "the seed that reaches it keeps its value"
 
 
+def test_a_curve_above_an_entropy_counts_where_its_nll_is_lowest():
+    """Not at its lowest entropy: a curve may turn."""
+    found = board(make_row("turns", [(3.7, 4.9, 0.1), (3.6, 4.2, 0.3), (3.8, 5.5, 0.2)]), entropies=(3.5, 3.65, 3.9))
+    above, inside, below = next(curve for curve in found.curves if curve.label == "turns").matched
+    assert (above.where.value, above.nll.value, above.agreement.value) == pytest.approx((3.6, 4.2, 0.3))
+    assert above.behind.value == pytest.approx(4.2 - 3.6), "the backbone at the entropy of the point, not at 3.5"
+    assert (inside.where.value, inside.nll.value) == pytest.approx((3.65, 4.525))
+    assert (below.where.value, below.nll.value, below.behind.value) == (None, None, None)
+    row = cells(found)["turns"]
+    assert (row["nll_0"], row["nll_2"]) == ("4.20 [4.20, 4.20] at 3.60", "")
+    assert " at " not in row["nll_1"]
+    listed = [item for item in csv.DictReader(io.StringIO(curves_csv(found))) if item["name"] == "turns"]
+    assert [item["where"] for item in listed] == [str(above.where.value), "3.65", ""]
+
+
+def test_a_group_names_the_mean_entropy_of_seeds_above():
+    rows = [make_row(f"write-{n} own", [(3.6 + n / 10, 4.0 + n, 0.2)], train=train_config(n)) for n in (0, 1)]
+    found = board(*rows)
+    row = next(row for name, row in cells(found).items() if "2 seeds" in name)
+    assert row["nll_0"] == "4.50 (4.00 to 5.00) at 3.65"
+    mixed = board(rows[0], seed(1, 4.0))
+    assert next(row for name, row in cells(mixed).items() if "2 seeds" in name)["nll_0"].endswith(" at 3.55")
+
+
 def test_each_number_of_steps_has_its_group():
     found = board(seed(0, 4.0, steps=(16, 64)), seed(1, 4.4, steps=(16, 64)))
     assert [[curve.steps for curve in group.curves] for group in found.groups] == [[16, 16], [64, 64]]
