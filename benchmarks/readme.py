@@ -7,6 +7,7 @@ A table stands between `<!-- KIND: WORDS -->` and `<!-- end KIND -->`. The words
 
     results: FILE.json ...                     of `dihal evaluate`, one row each, at the steps with the lowest KL
     frontier: FILE.json ... [at ENTROPY ...]   rows of `dihal frontier` at equal entropy; default: the real text's
+    best: FILE.json ... [at ENTROPY ...]       of such rows, each trained method by the one that serves it best
     steps: FILE.json ...                       KL of the checkpoints of `dihal evaluate` over steps, by split
     sweep: FILE.json ...                       best predictors of each `dihal sweep`, and the geometry scores
     circuits: FILE.json ...                    `compare.json` of `dihal circuits hybrid` or `compare`, one row each
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from dihal.evaluation.bootstrap import Interval
+from dihal.evaluation.frontier.best import best_cells, best_columns, best_readings
 from dihal.evaluation.frontier.board import Board, Curve, SeedGroup, build_board, gather
 from dihal.evaluation.frontier.table import curve_cells, curve_columns, group_cells
 from dihal.evaluation.ranking import require_comparable
@@ -147,6 +149,18 @@ def frontier(words: Sequence[str], root: Path) -> str:
     return _table([headings[name] for name in names], [[found[name] or "-" for name in names] for found in cells])
 
 
+def best(words: Sequence[str], root: Path) -> str:
+    """Each trained method by the reading that serves it best, of those with fewer passes than tokens are written."""
+    place = list(words).index("at") if "at" in words else len(words)
+    files = _files(words[:place], root)
+    if not files:
+        return ""
+    board = build_board(gather(files)[0], entropies=[float(word) for word in words[place + 1 :]])
+    columns = best_columns(board)
+    found = [best_cells(item) for item in best_readings(board, passes=board.first.comparable.new_tokens)]
+    return _table(list(columns.values()), [[cells[name] or "-" for name in columns] for cells in found])
+
+
 # -- bridge against regression over steps
 
 
@@ -262,6 +276,7 @@ def circuits(words: Sequence[str], root: Path) -> str:
 TABLES: dict[str, Callable[[Sequence[str], Path], str]] = {
     "results": results,
     "frontier": frontier,
+    "best": best,
     "steps": steps,
     "sweep": sweep,
     "circuits": circuits,

@@ -96,6 +96,24 @@ def test_the_frontier_table_shows_rows_at_equal_entropy_with_their_cost(readme, 
     assert (found["backbone"]["training seeds"], found["backbone"]["training tokens"]) == ("-", "-")
 
 
+def test_the_best_reading_of_each_method_is_of_fewer_passes_than_tokens(readme, tmp_path):
+    def row(label: str, nll: float, nfe: int) -> FrontierRow:
+        found = make_row(f"latent {label}", line(nll), writing={"readout": label})
+        points = [dataclasses.replace(point, nfe=nfe) for point in found.points]
+        return dataclasses.replace(found, points=points, checkpoint={**found.checkpoint, "path": "runs/latent/step-1"})
+
+    few = bounds()[0].comparable.new_tokens - 1
+    write_rows(tmp_path, row("own", 4.5, few), row("fused", 4.2, few), row("suffix", 4.0, few + 1))
+    text = readme.filled("<!-- best: results/frontier/*.json at 3.5 -->\n<!-- end best -->", tmp_path)
+    (found,) = rows_of(text)
+    assert found == {
+        "trained": "latent",
+        "least NLL @ 3.50": "4.70 [4.70, 4.70]",
+        "read by (passes)": f"fused ({few})",
+        "rows": "2",
+    }
+
+
 def test_seeds_stand_in_one_row_and_steps_are_those_of_the_largest_area(readme, tmp_path):
     rows = [make_row(f"hidden-{n}", line(4.0 + n), steps=(16,), train=train_config(n)) for n in (0, 1)]
     worse = [make_row(f"hidden-{n}", line(5.0 + n), steps=(64,), train=train_config(n)) for n in (0, 1)]

@@ -18,7 +18,17 @@ from dihal.evaluation.frontier.matched import Bundle, Matched, interval, matched
 from dihal.evaluation.frontier.result import FrontierRow, Point, is_row, read_row
 from dihal.io import canonical_json, read_json
 
-__all__ = ["Board", "Curve", "Matched", "SeedGroup", "build_board", "gather", "require_comparable"]
+__all__ = [
+    "Board",
+    "Curve",
+    "Matched",
+    "SeedGroup",
+    "braced",
+    "build_board",
+    "gather",
+    "require_comparable",
+    "trained_as",
+]
 
 REFERENCE = "backbone"  # the row that others are compared with at equal entropy
 
@@ -27,6 +37,9 @@ _NO_WEIGHTS = (
     "trainer.validate_every", "trainer.validate_batches", "trainer.save_every", "trainer.keep", "trainer.max_nonfinite",
 )  # fmt: skip
 """Options of training in which seeds of one method may differ. The text itself is compared by its fingerprint."""
+
+_WRITING = "method.writing."
+"""Options that decide how a checkpoint writes where a row does not say, and no weight."""
 
 _SPENT_ALIKE = 0.05
 """Share by which the diffused tokens of such seeds may differ: time limits end at no round number, stopped runs earlier."""
@@ -76,6 +89,17 @@ def _shared(parts: Sequence[Sequence[str]]) -> int:
     return sum(1 for _ in takewhile(lambda words: len(set(words)) == 1, zip(*parts, strict=False)))
 
 
+def braced(labels: Sequence[str]) -> str:
+    """What labels share, and in braces where they differ."""
+    # Words and what stands between them: `run-1` and `run-11` differ in a word, not in a digit.
+    parts = [re.findall(r"\w+|\W", label) for label in labels]
+    head = _shared(parts)
+    tail = _shared([part[head:][::-1] for part in parts])
+    own = ["".join(part[head : len(part) - tail]) for part in parts]
+    first = parts[0]
+    return "".join(first[:head]) + "{" + ", ".join(own) + "}" + "".join(first[len(first) - tail :])
+
+
 @dataclass(frozen=True, kw_only=True)
 class SeedGroup:
     """Curves of checkpoints that differ in nothing but the training seed, written in the same way.
@@ -99,13 +123,7 @@ class SeedGroup:
     @property
     def label(self) -> str:
         """What the labels share, and in braces where they differ."""
-        # Words and what stands between them: `run-1` and `run-11` differ in a word, not in a digit.
-        parts = [re.findall(r"\w+|\W", curve.label) for curve in self.curves]
-        head = _shared(parts)
-        tail = _shared([part[head:][::-1] for part in parts])
-        own = ["".join(part[head : len(part) - tail]) for part in parts]
-        first = parts[0]
-        return "".join(first[:head]) + "{" + ", ".join(own) + "}" + "".join(first[len(first) - tail :])
+        return braced([curve.label for curve in self.curves])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,14 +275,39 @@ def build_board(
     )
 
 
+def trained_as(curve: Curve) -> str:
+    """What checkpoints must share to be seeds of one method."""
+    row = curve.row
+    options = {name: value for name, value in _options(row).items() if not named_in(name, (*_NO_WEIGHTS, _WRITING))}
+    weights = None if row.checkpoint is None else row.checkpoint.get("weights")
+    return canonical_json([options, row.split, weights])
+
+
+def _options(row: FrontierRow) -> dict[str, object]:
+    # A file may be older than an option; it was trained with what is the default now.
+    return dict(flatten(to_dict(TrainConfig()))) | dict(flatten(row.train_config))
+
+
+def written(curve: Curve) -> dict[str, object]:
+    """How a row was written: what its variant changes in what the checkpoint says, but for steps and temperature."""
+    options = _options(curve.row)
+    own = {name.removeprefix(_WRITING): value for name, value in options.items() if name.startswith(_WRITING)}
+    # These two are of the grid, unless the variant names them.
+    return {name: own[name] for name in own if name not in ("steps", "temperature")} | (curve.row.writing or {})
+
+
+def _written_as(curve: Curve) -> str:
+    """The same, without options that have no effect."""
+    found = written(curve)
+    idle = () if found["project"] else ("project_below", "temperature_start")
+    if found["log_snr_center"] is None:
+        idle = (*idle, "log_snr_scale")
+    return canonical_json([{name: value for name, value in found.items() if name not in idle}, curve.steps])
+
+
 def _method(curve: Curve) -> str:
     """What curves must share to be seeds of one method."""
-    row = curve.row
-    # A file may be older than an option; it was trained with what is the default now.
-    options = dict(flatten(to_dict(TrainConfig()))) | dict(flatten(row.train_config))
-    kept = {name: value for name, value in options.items() if not named_in(name, _NO_WEIGHTS)}
-    weights = None if row.checkpoint is None else row.checkpoint.get("weights")
-    return canonical_json([kept, row.split, row.writing, weights, curve.steps])
+    return canonical_json([trained_as(curve), _written_as(curve)])
 
 
 def _seed_groups(curves: Sequence[Curve]) -> tuple[list[SeedGroup], list[str]]:

@@ -40,7 +40,7 @@ def _table(columns: dict[str, str], rows: list[tuple[str, dict[str, str]]], labe
         for name in used:
             text = row[name]
             # The value before its interval or its seeds sorts; an empty cell stays last.
-            key = re.sub(r"(?<=\d)[kMGT]$", lambda unit: _POWERS[unit[0]], re.split(r"(?<=\d) [\[(]", text)[0])
+            key = re.sub(r"(?<=\d)[kMGT]$", lambda unit: _POWERS[unit[0]], re.split(r"(?<=\d) (?:[\[(]|at )", text)[0])
             value = f' data-v="{escape(key, quote=True)}"' if text else ""
             if name == "name":
                 line.append(f'<th scope="row"{value}>{escape(text)}</th>')

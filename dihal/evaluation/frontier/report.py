@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dihal.config.frontier import FrontierConfig
+from dihal.evaluation.frontier.best import best_markdown
 from dihal.evaluation.frontier.board import Board, build_board, gather
 from dihal.evaluation.frontier.table import curves_csv, points_csv, rich_table, to_markdown
 from dihal.io import ensure_dir, write_text
@@ -35,7 +36,7 @@ def report(
     rows, ignored = gather(paths)
     board = build_board(rows, entropies=entropies, span=span, axis=axis, ignored=ignored)
     folder = ensure_dir(out)
-    write_text(folder / "frontier.md", to_markdown(board))
+    write_text(folder / "frontier.md", to_markdown(board) + best_markdown(board))
     write_text(folder / "frontier.csv", points_csv(board))
     write_text(folder / "curves.csv", curves_csv(board))
     drawings = {path.suffix: path for path in save_figure(board, folder)}

@@ -23,6 +23,7 @@ __all__ = [
     "describe",
     "group_cells",
     "line_cells",
+    "markdown_table",
     "point_cells",
     "point_columns",
     "points_csv",
@@ -31,6 +32,8 @@ __all__ = [
 ]
 
 KIND_TEXT = {"checkpoint": "trained", "bound": "bound", "control": "control", "text": "text"}
+
+_LEFT = ("name", "kind", "run")
 
 _FEW_DOCUMENTS = 10
 _FEW_SAMPLES = 1_000
@@ -257,10 +260,11 @@ def _line(values: Sequence[str]) -> str:
     return "| " + " | ".join(value.replace("|", "\\|") for value in values) + " |"
 
 
-def _markdown(columns: dict[str, str], rows: list[dict[str, str]], bold: list[bool]) -> list[str]:
+def markdown_table(columns: dict[str, str], rows: list[dict[str, str]], bold: list[bool]) -> list[str]:
+    """Lines of a table, without columns that are empty; the first cell of a row may be bold."""
     used = [name for name in columns if any(row[name] for row in rows)]
     out = [_line([columns[name] for name in used])]
-    out.append(_line(["---" if name in ("name", "kind") else "---:" for name in used]))
+    out.append(_line(["---" if name in _LEFT else "---:" for name in used]))
     for row, strong in zip(rows, bold, strict=True):
         out.append(_line([f"**{row[n]}**" if n == "name" and strong else row[n] for n in used]))
     return out
@@ -277,7 +281,7 @@ def to_markdown(board: Board) -> str:
                 "",
                 "![NLL against entropy](frontier.png)",
                 "",
-                *_markdown(
+                *markdown_table(
                     curve_columns(board),
                     [cells for _, cells in lines],
                     [kind == "checkpoint" for kind, _ in lines],
@@ -287,7 +291,7 @@ def to_markdown(board: Board) -> str:
                 "",
                 "## Points",
                 "",
-                *_markdown(
+                *markdown_table(
                     point_columns(board),
                     [point_cells(curve, point, board) for curve, point in pairs],
                     [curve.row.kind == "checkpoint" for curve, _ in pairs],
