@@ -12,6 +12,7 @@ import yaml
 from dihal.config import (
     BackboneConfig,
     BudgetConfig,
+    DataConfig,
     EvalConfig,
     FrontierConfig,
     MethodConfig,
@@ -32,11 +33,11 @@ def _class(name):
     if folder == "run":
         kinds = {"score": ScoreRunConfig, "evaluate": EvalConfig, "sweep": SweepConfig, "frontier": FrontierConfig}
         return next((kind for word, kind in kinds.items() if word in name), TrainConfig)
-    return {"backbone": BackboneConfig, "budget": BudgetConfig, "method": MethodConfig}[folder]
+    return {"backbone": BackboneConfig, "budget": BudgetConfig, "data": DataConfig, "method": MethodConfig}[folder]
 
 
 def test_there_are_files_of_every_kind():
-    assert {name.split("/")[0] for name in FILES} == {"backbone", "budget", "method", "run"}
+    assert {name.split("/")[0] for name in FILES} == {"backbone", "budget", "data", "method", "run"}
 
 
 @pytest.mark.parametrize("name", FILES)
