@@ -100,7 +100,7 @@ def test_the_best_reading_of_each_method_is_of_fewer_passes_than_tokens(readme, 
     def row(label: str, nll: float, nfe: int) -> FrontierRow:
         found = make_row(f"latent {label}", line(nll), writing={"readout": label})
         points = [dataclasses.replace(point, nfe=nfe) for point in found.points]
-        return dataclasses.replace(found, points=points, checkpoint={**found.checkpoint, "path": "runs/latent/step-1"})
+        return dataclasses.replace(found, points=points, config={"variants": [f"{label}: readout={label}"]})
 
     few = bounds()[0].comparable.new_tokens - 1
     write_rows(tmp_path, row("own", 4.5, few), row("fused", 4.2, few), row("suffix", 4.0, few + 1))

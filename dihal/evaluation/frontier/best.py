@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from dihal.evaluation.frontier.board import Board, Curve, SeedGroup, braced, trained_as, written
 from dihal.evaluation.frontier.matched import Matched
 from dihal.evaluation.frontier.table import elsewhere, markdown_table, with_interval, with_spread
+from dihal.evaluation.frontier.variants import label_of
 
 __all__ = ["Best", "best_cells", "best_columns", "best_markdown", "best_readings"]
 
@@ -33,7 +33,7 @@ class Best:
     def reading(self, line: Curve | SeedGroup) -> str:
         """The row's name without that of its run."""
         first = _curves(line)[0]
-        label = first.row.name.removeprefix(_run_of(first)).strip() or "as trained"
+        label = _reading_of(first) or "as trained"
         return label if first.name == first.label else f"{label}, {first.steps} steps"
 
 
@@ -51,7 +51,7 @@ def best_readings(board: Board, *, passes: int | None = None) -> list[Best]:
     grouped = [curve for group in board.groups for curve in group.curves]
     methods: dict[str, list[Curve | SeedGroup]] = {}
     for line in board.lines():
-        first = line.curves[0] if isinstance(line, SeedGroup) else line
+        first = _curves(line)[0]
         taken = first.points[0].nfe
         if first.row.train_config is None or (isinstance(line, Curve) and line in grouped):
             continue
@@ -91,10 +91,14 @@ def _curves(line: Curve | SeedGroup) -> list[Curve]:
     return line.curves if isinstance(line, SeedGroup) else [line]
 
 
+def _reading_of(curve: Curve) -> str:
+    """Label of the row's variant; empty: written as the checkpoint says."""
+    labels = map(label_of, curve.row.config.get("variants", ()))
+    return max((label for label in labels if curve.row.name.endswith(f" {label}")), key=len, default="")
+
+
 def _run_of(curve: Curve) -> str:
-    """The row's name begins with that of its run folder, which the checkpoint's path holds."""
-    parts = Path((curve.row.checkpoint or {}).get("path", "")).parts
-    return max((part for part in parts if curve.row.name.startswith(part)), key=len, default=curve.row.name)
+    return curve.row.name.removesuffix(_reading_of(curve)).strip()
 
 
 def _run(lines: Sequence[Curve | SeedGroup]) -> str:

@@ -28,9 +28,11 @@ __all__ = [
     "gather",
     "require_comparable",
     "trained_as",
+    "written",
 ]
 
-REFERENCE = "backbone"  # the row that others are compared with at equal entropy
+REFERENCE = "backbone"
+"""Row that the others are compared with at equal entropy."""
 
 _NO_WEIGHTS = (
     "seed", "out", "resume", "dry_run", "log.", "data.source", "data.workers", "budget.trials",

@@ -11,7 +11,7 @@ from dihal.config.spaces import WritingConfig
 from dihal.errors import UsageError
 from dihal.masked.checks import USED_IN_WRITING
 
-__all__ = ["Variant", "parse_variant", "parse_variants", "variants_for"]
+__all__ = ["Variant", "label_of", "parse_variant", "parse_variants", "variants_for"]
 
 _OF_MASK = {"order", "top_p"}
 """Options that only the regime `mask` has; those it shares with `generate` are `dihal.masked.checks.USED_IN_WRITING`."""
@@ -36,13 +36,19 @@ class Variant:
         return [(count, temperature) for count in chosen for temperature in at]
 
 
+def label_of(text: str) -> str:
+    """What a row's name says of a variant: its label, without one the options."""
+    label, colon, _ = text.partition(":")
+    return label.strip() if colon else text.strip()
+
+
 def parse_variant(text: str) -> Variant:
     """Read `LABEL: KEY=VALUE KEY=VALUE ...`; without a label the options are the label.
 
     Raises:
         UsageError: an unknown key (near match suggested), a wrong value, `seed` (it is `seeds`), or no option at all.
     """
-    label, colon, rest = text.partition(":")
+    _, colon, rest = text.partition(":")
     words = (rest if colon else text).split()
     keys = [word.partition("=")[0] for word in words]
     if not words or not all("=" in word for word in words):
@@ -53,7 +59,7 @@ def parse_variant(text: str) -> Variant:
         parsed = parse(WritingConfig, words, prog="variant")
     except UsageError as error:
         raise UsageError(f"variant {text!r}: {error}") from error
-    return Variant(label=label.strip() if colon else text.strip(), options={key: getattr(parsed, key) for key in keys})
+    return Variant(label=label_of(text), options={key: getattr(parsed, key) for key in keys})
 
 
 def parse_variants(texts: tuple[str, ...]) -> list[Variant]:

@@ -97,6 +97,5 @@ def test_hidden_states_are_walked_at_the_levels_they_are_trained_at():
     method = parse(MethodConfig, ["--config", str(ROOT / "method/write-hidden.yaml")], prog="x")
     assert method.time.law == "logit_normal"
     median = torch.tensor(method.time.mean).sigmoid()
-    schedule = build_schedule(method.process)
-    level = schedule.log_snr(median)
+    level = build_schedule(method.process).log_snr(median)
     assert level.item() == pytest.approx(method.writing.log_snr_center, abs=0.1)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-import pytest
-
 from dihal.config import SamplerConfig
 from dihal.evaluation.frontier import report
 from dihal.evaluation.frontier.best import best_cells, best_markdown, best_readings
@@ -22,7 +20,7 @@ def reading(
     row = make_row(f"{run} {label}", line(nll, to=to), train=train_config(seed, **options), writing=writing)
     points = [dataclasses.replace(point, nfe=nfe) for point in row.points]
     return dataclasses.replace(
-        row, points=points, checkpoint={**row.checkpoint, "path": f"runs/{run}/checkpoints/step-1"}
+        row, points=points, config={"variants": ["stack: readout=suffix", f"{label}: x=1", label]}
     )
 
 
@@ -96,10 +94,11 @@ def test_the_report_has_the_table_where_a_method_has_several_rows(tmp_path):
     assert best_markdown(board(own)) == ""
 
 
-@pytest.mark.parametrize("path", [None, "elsewhere/checkpoint"])
-def test_a_row_whose_checkpoint_has_no_run_folder_keeps_its_name(path):
-    row = reading("write-a", "own", 4.0)
-    row = dataclasses.replace(row, checkpoint={**row.checkpoint, "path": path or ""})
-    (item,) = best_readings(board(row))
-    assert item.run == "write-a own"
-    assert best_cells(item)["reading_0"] == "as trained (16)"
+def test_runs_keep_what_tells_them_apart_and_a_row_without_variant_is_as_trained():
+    rows = [reading(f"{name}/write a", "own, late", 4.0 + index, seed=index) for index, name in enumerate("ab")]
+    (item,) = best_readings(board(*rows))
+    assert item.run == "{a, b}/write a"
+    assert best_cells(item)["reading_0"] == "own, late (16)"
+    plain = dataclasses.replace(rows[0], name="write own", config={"variants": []})
+    (item,) = best_readings(board(plain))
+    assert (item.run, best_cells(item)["reading_0"]) == ("write own", "as trained (16)")

@@ -251,6 +251,10 @@ def test_the_page_shows_the_seeds_and_sorts_them_by_their_mean():
     assert "write-{0, 1} own, 2 seeds: mean (lowest to highest)" in page
     assert 'data-v="4.70"' in page
     assert ">4.70 (4.50 to 4.90)<" in page
+    above = to_html(board(seed(0, 4.0), entropies=(2.9,)), "<svg></svg>")
+    assert 'data-v="4.00">4.00 [4.00, 4.00] at 3.00<' in above
+    below = to_html(board(seed(0, 4.0), entropies=(4.5,)), "<svg></svg>")
+    assert 'data-v="3.50">3.50 at 3.90<' in below, "real text, which has no interval there"
     alone = to_html(board(seed(0, 4.0)), "<svg></svg>")
     assert ">0 only<" in alone
     assert "lowest to highest" not in alone
