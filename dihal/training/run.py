@@ -122,11 +122,14 @@ def _train(config: TrainConfig, backbone: Backbone | None) -> Path:
     data.samples_seen = spent.samples_seen
 
     method = _build(config, backbone)
-    if checkpoint is None:
-        method.fit_normalisation(backbone, _normalisation_batches(data, config.method.normalisation_tokens))
-    else:
-        method.load_state_dict(checkpoint.tensors("model"))
-    method.fit_metric(backbone, _normalisation_batches(data, config.method.objective.metric_tokens), seed=config.seed)
+    # A run before this one may have compiled the backbone's blocks in place, for batches of another shape.
+    with torch.compiler.set_stance("force_eager"):
+        if checkpoint is None:
+            method.fit_normalisation(backbone, _normalisation_batches(data, config.method.normalisation_tokens))
+        else:
+            method.load_state_dict(checkpoint.tensors("model"))
+        measured = _normalisation_batches(data, config.method.objective.metric_tokens)
+        method.fit_metric(backbone, measured, seed=config.seed)
     spent.add_flops(
         preparation(
             config.method,
