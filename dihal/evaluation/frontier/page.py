@@ -11,6 +11,7 @@ from dihal.evaluation.frontier.board import Board, Curve
 from dihal.evaluation.frontier.definitions import METRICS, SET_METRICS
 from dihal.evaluation.frontier.result import FrontierRow
 from dihal.evaluation.frontier.table import (
+    ENDS,
     curve_columns,
     describe,
     line_cells,
@@ -39,9 +40,9 @@ def _table(columns: dict[str, str], rows: list[tuple[str, dict[str, str]]], labe
         line = []
         for name in used:
             text = row[name]
-            # The value before its interval or its seeds sorts; an empty cell stays last.
+            # The value before its interval or its seeds sorts; a cell without one stays last.
             key = re.sub(r"(?<=\d)[kMGT]$", lambda unit: _POWERS[unit[0]], re.split(r"(?<=\d) (?:[\[(]|at )", text)[0])
-            value = f' data-v="{escape(key, quote=True)}"' if text else ""
+            value = f' data-v="{escape(key, quote=True)}"' if text and not text.startswith(ENDS) else ""
             if name == "name":
                 line.append(f'<th scope="row"{value}>{escape(text)}</th>')
             elif name == "kind":

@@ -16,6 +16,7 @@ from dihal.evaluation.frontier.matched import Matched
 from dihal.evaluation.frontier.result import Point
 
 __all__ = [
+    "ENDS",
     "KIND_TEXT",
     "curve_cells",
     "curve_columns",
@@ -30,6 +31,9 @@ __all__ = [
     "rich_table",
     "to_markdown",
 ]
+
+ENDS = "ends at "
+"""What a cell begins with that says where a curve ends instead of a value."""
 
 KIND_TEXT = {"checkpoint": "trained", "bound": "bound", "control": "control", "text": "text"}
 
@@ -64,6 +68,12 @@ def elsewhere(matched: Matched) -> str:
     if where.value is None or math.isclose(where.value, matched.entropy):
         return ""
     return f" at {where.value:.2f}"
+
+
+def ends(curves: Sequence[Curve], axis: str, entropy: float) -> str:
+    """``ends at 3.75`` where a curve, or that of one of several seeds, stays below the entropy asked for."""
+    last = min(max(point.metrics[axis].value for point in curve.points) for curve in curves)
+    return f"{ENDS}{last:.2f}" if last < entropy else ""
 
 
 def count(value: float | int | None) -> str:
@@ -121,6 +131,8 @@ def curve_cells(curve: Curve, axis: str) -> dict[str, str]:
     }
     for index, matched in enumerate(curve.matched):
         found[f"nll_{index}"] = with_interval(matched.nll) + elsewhere(matched)
+        if matched.nll.value is None and not text:
+            found[f"nll_{index}"] = ends([curve], axis, matched.entropy)
         reference = curve.row.kind in ("bound", "text")
         found[f"behind_{index}"] = "" if reference else with_interval(matched.behind)
         found[f"agreement_{index}"] = with_interval(matched.agreement)
@@ -147,6 +159,8 @@ def group_cells(group: SeedGroup, axis: str) -> dict[str, str]:
     }
     for index, matched in enumerate(group.matched):
         found[f"nll_{index}"] = with_spread(matched.nll) + elsewhere(matched)
+        if matched.nll.value is None:
+            found[f"nll_{index}"] = ends(group.curves, axis, matched.entropy)
         found[f"behind_{index}"] = with_spread(matched.behind)
         found[f"agreement_{index}"] = with_spread(matched.agreement)
     return found
@@ -205,7 +219,7 @@ def _about_intervals(board: Board) -> list[str]:
     if board.groups:
         lines.append(
             "The spread of training seeds is in the rows of several seeds: mean over seeds (lowest to highest seed), no "
-            "interval; empty where a seed stays below the entropy."
+            "interval; none where a seed stays below the entropy."
         )
     if any(map(board.single, board.curves)):
         lines.append('A method with one training seed is marked "only": its spread over seeds is unknown.')
@@ -226,7 +240,7 @@ def describe(board: Board) -> list[str]:
         f"NLL in nats per token under {shared.scorer}.{star}",
         f"Low NLL at low entropy is repetition: compare at equal entropy ({tokens} tokens, within a continuation), "
         "interpolated between the temperatures of a row. Of a row that lies above it, the point of lowest NLL counts, and its "
-        "entropy is named: more than was asked for. Empty where the row stays below.",
+        "entropy is named: more than was asked for. Of a row that stays below, only where it ends is told.",
         f"Area: how far the row gets below log V = {math.log(first.scorer_vocab):.2f} nats at an entropy of at least e, "
         f"mean over e from {low:.2f} to {high:.2f}; higher is better.",
         *_about_intervals(board),

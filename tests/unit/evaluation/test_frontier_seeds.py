@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import re
 from pathlib import Path
 
 import pytest
@@ -142,7 +143,7 @@ def test_a_file_older_than_an_option_has_its_default():
     assert board(old, seed(1, 4.4, train=spiky)).groups == []
 
 
-def test_where_a_seed_does_not_reach_an_entropy_the_group_says_nothing():
+def test_where_a_seed_does_not_reach_an_entropy_the_group_says_where_it_ends():
     found = board(seed(0, 4.0), seed(1, 4.4, to=3.6), entropies=(3.5, 3.9))
     near, far = found.groups[0].matched
     assert near.nll.value is not None
@@ -150,7 +151,7 @@ def test_where_a_seed_does_not_reach_an_entropy_the_group_says_nothing():
         assert (item.value, item.low, item.high) == (None, None, None)
     row = next(row for name, row in cells(found).items() if "2 seeds" in name)
     assert row["nll_0"] == "4.70 (4.50 to 4.90)"
-    assert (row["nll_1"], row["agreement_1"], row["behind_1"]) == ("", "", "")
+    assert (row["nll_1"], row["agreement_1"], row["behind_1"]) == ("ends at 3.60", "", "")
     assert cells(found)["write-0 own"]["nll_1"].startswith("4.90"), "the seed that reaches it keeps its value"
 
 
@@ -163,7 +164,7 @@ def test_a_curve_above_an_entropy_counts_where_its_nll_is_lowest():
     assert (inside.where.value, inside.nll.value) == pytest.approx((3.65, 4.525))
     assert (below.where.value, below.nll.value, below.behind.value) == (None, None, None)
     row = cells(found)["turns"]
-    assert (row["nll_0"], row["nll_2"]) == ("4.20 [4.20, 4.20] at 3.60", "")
+    assert (row["nll_0"], row["nll_2"]) == ("4.20 [4.20, 4.20] at 3.60", "ends at 3.80")
     assert " at " not in row["nll_1"]
     listed = [item for item in csv.DictReader(io.StringIO(curves_csv(found))) if item["name"] == "turns"]
     assert [item["where"] for item in listed] == [str(above.where.value), "3.65", ""]
@@ -255,6 +256,7 @@ def test_the_page_shows_the_seeds_and_sorts_them_by_their_mean():
     assert 'data-v="4.00">4.00 [4.00, 4.00] at 3.00<' in above
     below = to_html(board(seed(0, 4.0), entropies=(4.5,)), "<svg></svg>")
     assert 'data-v="3.50">3.50 at 3.90<' in below, "real text, which has no interval there"
+    assert re.search(r'<td class="number">ends at [0-9.]+<', below), "and sorts last"
     alone = to_html(board(seed(0, 4.0)), "<svg></svg>")
     assert ">0 only<" in alone
     assert "lowest to highest" not in alone
