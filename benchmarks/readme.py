@@ -105,6 +105,13 @@ def results(words: Sequence[str], root: Path) -> str:
 # -- spaces at equal entropy
 
 
+def _board(words: Sequence[str], root: Path) -> Board | None:
+    """The rows of `FILE.json ... [at ENTROPY ...]`; None: no file matches."""
+    place = list(words).index("at") if "at" in words else len(words)
+    files = _files(words[:place], root)
+    return build_board(gather(files)[0], entropies=[float(word) for word in words[place + 1 :]]) if files else None
+
+
 def _best_lines(board: Board) -> list[Curve | SeedGroup]:
     """A group in the place of its seeds, and each at the number of steps with the largest area."""
     grouped = [curve for group in board.groups for curve in group.curves]
@@ -131,12 +138,9 @@ def _frontier_row(line: Curve | SeedGroup, board: Board) -> dict[str, str]:
 
 def frontier(words: Sequence[str], root: Path) -> str:
     """Rows at equal entropy with what they cost; several training seeds as their mean (lowest to highest)."""
-    place = list(words).index("at") if "at" in words else len(words)
-    files = _files(words[:place], root)
-    if not files:
+    board = _board(words, root)
+    if board is None:
         return ""
-    rows, _ = gather(files)
-    board = build_board(rows, entropies=[float(word) for word in words[place + 1 :]])
     headings = curve_columns(board) | {
         "steps": "steps (largest area)",
         "flops": "GFLOP/token",
@@ -151,11 +155,9 @@ def frontier(words: Sequence[str], root: Path) -> str:
 
 def best(words: Sequence[str], root: Path) -> str:
     """Each trained method by the reading that serves it best, of those with fewer passes than tokens are written."""
-    place = list(words).index("at") if "at" in words else len(words)
-    files = _files(words[:place], root)
-    if not files:
+    board = _board(words, root)
+    if board is None:
         return ""
-    board = build_board(gather(files)[0], entropies=[float(word) for word in words[place + 1 :]])
     columns = best_columns(board)
     found = [best_cells(item) for item in best_readings(board, passes=board.first.comparable.new_tokens)]
     return _table(list(columns.values()), [[cells[name] or "-" for name in columns] for cells in found])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import shutil
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +26,7 @@ from dihal.io import hash_json, read_json, write_json
 from dihal.provenance import provenance
 from dihal.restore import restore_method
 from dihal.sweep.statistics import interval
-from dihal.sweep.written import common_entropy, text_about, text_truth, variant_of, write_texts
+from dihal.sweep.written import common_entropy, text_about, text_truth, write_texts
 from dihal.training.run import train
 
 if TYPE_CHECKING:
@@ -132,12 +131,6 @@ def _replaced(config: SweepConfig, checkpoint: Checkpoint, backbone: Backbone, d
     }
 
 
-def _as_written(config: SweepConfig, run: TrainConfig) -> AbstractContextManager[Any]:
-    # Training compiles the backbone's blocks in place, and every shape of the evaluation would compile them again.
-    writing = replace(run.method.writing, **variant_of(config.text.writing).options)
-    return torch.compiler.set_stance("default" if writing.compile else "force_eager")
-
-
 def trained_split(
     config: SweepConfig,
     split: int,
@@ -186,8 +179,7 @@ def trained_split(
     checkpoint = load_checkpoint(run_folder)
     say(f"split {split}, seed {seed}: trained on {checkpoint.state['tokens']:,} tokens; measuring")
     measure_it = write_texts if run.method.regime == "generate" else _replaced
-    with _as_written(config, run):
-        measured = measure_it(config, checkpoint, backbone, data)
+    measured = measure_it(config, checkpoint, backbone, data)
     record = {
         "schema": SPLIT_SCHEMA,
         "hash": identity,

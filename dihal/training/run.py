@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,7 @@ def train(config: TrainConfig, *, backbone: Backbone | None = None) -> Path:
     Args:
         config: the run.
         backbone: an already loaded one that ``config.backbone`` describes, for many runs in one process; it is not
-            compared with the description, and a compiled or adapted one stays so. None: loaded here.
+            compared with the description. Adapters stay on it; blocks compiled for the run are put back. None: loaded here.
 
     Raises:
         UsageError: options, data, backbone or file system; before training starts wherever possible.
@@ -122,14 +122,11 @@ def _train(config: TrainConfig, backbone: Backbone | None) -> Path:
     data.samples_seen = spent.samples_seen
 
     method = _build(config, backbone)
-    # A run before this one may have compiled the backbone's blocks in place, for batches of another shape.
-    with torch.compiler.set_stance("force_eager"):
-        if checkpoint is None:
-            method.fit_normalisation(backbone, _normalisation_batches(data, config.method.normalisation_tokens))
-        else:
-            method.load_state_dict(checkpoint.tensors("model"))
-        measured = _normalisation_batches(data, config.method.objective.metric_tokens)
-        method.fit_metric(backbone, measured, seed=config.seed)
+    if checkpoint is None:
+        method.fit_normalisation(backbone, _normalisation_batches(data, config.method.normalisation_tokens))
+    else:
+        method.load_state_dict(checkpoint.tensors("model"))
+    method.fit_metric(backbone, _normalisation_batches(data, config.method.objective.metric_tokens), seed=config.seed)
     spent.add_flops(
         preparation(
             config.method,
@@ -157,8 +154,6 @@ def _train(config: TrainConfig, backbone: Backbone | None) -> Path:
         module.ema.load_state_dict(checkpoint.tensors("ema"), updates=checkpoint.state["ema_updates"])
     if config.trainer.compile:
         method.compile_parts()
-        for block in backbone.blocks:
-            block.compile()
 
     if first:
         _write_config(folder, config)
@@ -171,7 +166,12 @@ def _train(config: TrainConfig, backbone: Backbone | None) -> Path:
     )
     trainer.callbacks.append(callback)
     try:
-        with warnings.catch_warnings(), marked_as_parent(trainer), ending_with_parent():
+        with (
+            warnings.catch_warnings(),
+            marked_as_parent(trainer),
+            ending_with_parent(),
+            _compiled(backbone.blocks if config.trainer.compile else ()),
+        ):
             # Lightning against newer torch; nothing a user can act on
             warnings.filterwarnings("ignore", message=".*LeafSpec.*")
             # A converted backbone trains without dropout, in evaluation mode
@@ -196,6 +196,19 @@ def _train(config: TrainConfig, backbone: Backbone | None) -> Path:
     if callback.signal:
         raise SystemExit(0 if is_child() else exit_code(callback.signal))
     return folder
+
+
+@contextmanager
+def _compiled(blocks: Iterable[torch.nn.Module]) -> Iterator[None]:
+    # In place, and the backbone may be the caller's: left compiled, its next use would compile each of its shapes.
+    before = [(block, block.__dict__.get("_compiled_call_impl")) for block in blocks]
+    for block, _ in before:
+        block.compile()
+    try:
+        yield
+    finally:
+        for block, was in before:
+            block.__dict__["_compiled_call_impl"] = was
 
 
 def _load(config: TrainConfig, device: str) -> Backbone:
