@@ -32,8 +32,8 @@ __all__ = ["common_entropy", "prompts_of", "text_about", "text_truth", "variant_
 _SUMS = ("samples", "entropy", "nll", "scored")
 """Per document: continuations, their summed entropy (backbone's tokens), summed NLL, tokens that the scorer read."""
 _INSIDE = 0.1
-"""How far below the upper end of the common range splits are compared, as a share of the range: at the end itself half
-of the resamples of some split would not reach it."""
+"""How far inside the common range splits are compared, as a share of the range: at an end itself half of the resamples
+of some split would not reach it."""
 
 
 def variant_of(writing: str) -> Variant:
@@ -120,7 +120,7 @@ def common_entropy(records: list[dict[str, Any]], given: float | None) -> float:
 
     Args:
         records: one per split and seed, from :func:`write_texts`.
-        given: as configured; None: chosen within the range that all curves cover.
+        given: as configured; None: the real text's, or the nearest to it well within the range that all curves cover.
 
     Raises:
         UsageError: the curves have no range in common, or the given entropy is outside it, naming the split.
@@ -138,7 +138,8 @@ def common_entropy(records: list[dict[str, Any]], given: float | None) -> float:
                 f"at {high:.2f} or less. Widen text.temperatures, or leave one of these splits out."
             )
         real = min(record["real_entropy"] for record in records)
-        return min(high - _INSIDE * (high - low), max(real, low))
+        margin = _INSIDE * (high - low)
+        return min(max(real, low + margin), high - margin)
     if not low <= given <= high:
         worst = lowest if given < low else highest
         raise UsageError(

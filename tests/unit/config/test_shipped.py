@@ -82,20 +82,33 @@ def test_runs_name_the_split_once_and_a_budget(name):
 def test_spaces_are_read_alike_once_a_row_says_how():
     """A row of `dihal frontier` names readout, projection and temperature; nothing else may differ between its spaces.
 
-    But for the noise levels of the steps: like the schedule they belong to the space.
+    But for the noise levels of the steps: like the schedule they belong to the space. When projection sets in is part of
+    naming it.
     """
     ways = {}
     for name in FILES:
         method = parse(MethodConfig, ["--config", str(ROOT / name)], prog="x") if "method/" in name else None
         if method is not None and method.regime == "generate":
-            ways[name] = replace(method.writing, readout="fused", project=0.5, temperature=1.0, log_snr_center=None)
+            ways[name] = replace(
+                method.writing, readout="fused", project=0.5, project_below=1.0, temperature=1.0, log_snr_center=None
+            )
     assert len(ways) >= 4
     assert len(set(ways.values())) == 1, ways
 
 
-def test_hidden_states_are_walked_at_the_levels_they_are_trained_at():
-    method = parse(MethodConfig, ["--config", str(ROOT / "method/write-hidden.yaml")], prog="x")
+@pytest.mark.parametrize("space", ["hidden", "latent"])
+def test_hidden_states_and_latents_are_walked_at_the_levels_they_are_trained_at(space):
+    method = parse(MethodConfig, ["--config", str(ROOT / f"method/write-{space}.yaml")], prog="x")
     assert method.time.law == "logit_normal"
     median = torch.tensor(method.time.mean).sigmoid()
     level = build_schedule(method.process).log_snr(median)
     assert level.item() == pytest.approx(method.writing.log_snr_center, abs=0.1)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "run").glob("h200-*frontier.yaml")), ids=lambda path: path.stem)
+def test_a_row_that_projects_says_from_when(path):
+    """Spaces are shipped with their own `project_below`: a row of that name compares them only if it names one."""
+    for variant in yaml.safe_load(path.read_text()).get("variants", []):
+        words = dict(word.split("=") for word in variant.partition(": ")[2].split())
+        assert "project" in words, variant
+        assert float(words["project"]) == 0 or "project_below" in words, variant

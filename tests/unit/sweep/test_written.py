@@ -48,6 +48,7 @@ def test_the_common_entropy_is_inside_all_curves() -> None:
     records = [record(3, [(3.0, 4.0), (4.0, 6.0)]), record(6, [(2.0, 4.0), (3.8, 6.0)])]
     assert common_entropy(records, None) == pytest.approx(3.8 - 0.1 * 0.8)
     assert common_entropy([*records, record(9, [(2.0, 1.0), (5.0, 2.0)], real=3.4)], None) == pytest.approx(3.4)
+    assert common_entropy([*records, record(9, [(2.0, 1.0), (5.0, 2.0)], real=2.5)], None) == pytest.approx(3.0 + 0.08)
     assert common_entropy(records, 3.3) == 3.3
     for outside, split in ((2.9, 3), (3.9, 6)):
         with pytest.raises(UsageError, match=f"split {split}"):
